@@ -1,0 +1,182 @@
+"""What a tensor-network format is: a network of factors, and the convolutions that run it.
+
+A format is a small frozen value (``MPS(order="in kh kw out")``). It says, for a kernel's shape, which
+tensor network it stands for (:meth:`Format.network`), how large its bonds can be
+(:meth:`Format.max_ranks`), how a kernel is fitted (:meth:`Format.fit`) and which chain of small
+convolutions applies the factors (:meth:`Format.stages`). Everything else is derived from these here.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from tncompress.cuts import legs_of
+
+Shape = tuple[int, ...]
+Ranks = tuple[int, ...]
+
+FORMATS: dict[str, type[Format]] = {}
+_F = TypeVar("_F", bound="Format")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One small convolution of the chain that runs a format.
+
+    Its weight is factor number ``factor``, reshaped to ``shape`` = (out, in / groups, *spatial) after
+    ``copies`` copies of it are stacked along the first axis. It contracts the kernel's spatial ``axes``,
+    so stride, padding and dilation of these axes belong to it, and of no other.
+    """
+
+    factor: int
+    shape: Shape
+    axes: tuple[int, ...] = ()
+    groups: int = 1
+    copies: int = 1
+
+    def weight(self, factors: Sequence[Tensor]) -> Tensor:
+        """Return the convolution weight of this stage: a view of its factor unless it is copied."""
+        factor = factors[self.factor]
+        if self.copies == 1:
+            return factor.reshape(self.shape)
+        single = factor.reshape(self.shape[0] // self.copies, *self.shape[1:])
+        return single.repeat(self.copies, *[1] * (single.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Factors fitted to a kernel, in its dtype and on its device, with their ``rel_error``."""
+
+    factors: tuple[Tensor, ...]
+    rel_error: float
+
+
+def register_format(name: str):
+    """Return a class decorator that makes a format known under ``name`` in specs and files."""
+
+    def register(cls: type[_F]) -> type[_F]:
+        cls.name = name
+        FORMATS[name] = cls
+        return cls
+
+    return register
+
+
+class Format(ABC):
+    """A tensor-network format for kernels ``(out, in, *spatial)``.
+
+    Bonds are named ``r0``, ``r1``, ... in the order of the ranks; the other legs are the kernel's
+    (:func:`tncompress.cuts.legs_of`). Spatial legs of dimension 1 carry no bond of their own.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def network(self, shape: Shape) -> tuple[tuple[str, ...], ...]:
+        """Return the legs of each factor, in the order of the factor's modes."""
+
+    @abstractmethod
+    def max_ranks(self, shape: Shape) -> Ranks:
+        """Return the largest rank that each bond can have; at these the format is exact."""
+
+    @abstractmethod
+    def fit(self, kernel: Tensor, ranks: Ranks) -> Fit:
+        """Return factors of the given ranks for ``kernel`` and their true relative error."""
+
+    @abstractmethod
+    def stages(self, shape: Shape, ranks: Ranks) -> tuple[Stage, ...]:
+        """Return the chain of convolutions that applies the network to an input."""
+
+    def spectra(self, kernel: Tensor) -> tuple[Tensor, ...] | None:
+        """Return the singular values of ``kernel`` at each bond, or None where bonds have none (CP).
+
+        The squared error of a fit is at most the sum of the squared tails of these spectra.
+        """
+        return None
+
+    def feasible(self, shape: Shape, ranks: Ranks) -> Ranks:
+        """Return the ranks that the network can really have when ``ranks`` are asked of it."""
+        return ranks
+
+    # What follows is derived.
+
+    def decompose(self, kernel: Tensor, ranks: Ranks) -> tuple[Tensor, ...]:
+        """Return the factors of :meth:`fit` alone."""
+        return self.fit(kernel, ranks).factors
+
+    def factor_shapes(self, shape: Shape, ranks: Ranks) -> tuple[Shape, ...]:
+        """Return the shape of each factor."""
+        size = dict(zip(legs_of(len(shape)), shape, strict=True))
+        size |= {f"r{i}": rank for i, rank in enumerate(ranks)}
+        return tuple(tuple(size[leg] for leg in legs) for legs in self.network(shape))
+
+    def num_params(self, shape: Shape, ranks: Ranks) -> int:
+        """Return how many numbers the factors hold."""
+        return sum(math.prod(factor) for factor in self.factor_shapes(shape, ranks))
+
+    def equation(self, shape: Shape) -> str:
+        """Return the einsum equation that contracts the factors to the kernel.
+
+        >>> from tncompress import MPS
+        >>> MPS().equation((8, 4, 3, 3))
+        'eb,fec,gfd,ag->abcd'
+        """
+        network = self.network(shape)
+        letters = {leg: chr(ord("a") + i) for i, leg in enumerate(legs_of(len(shape)))}
+        for leg in (leg for legs in network for leg in legs):
+            letters.setdefault(leg, chr(ord("a") + len(letters)))
+        terms = ["".join(letters[leg] for leg in legs) for legs in network]
+        return f"{','.join(terms)}->{''.join(letters[leg] for leg in legs_of(len(shape)))}"
+
+    def to_dense(self, factors: Sequence[Tensor], shape: Shape) -> Tensor:
+        """Return the kernel of shape ``shape`` that the factors stand for."""
+        return torch.einsum(self.equation(shape), *factors)
+
+    def check_ranks(self, shape: Shape, ranks: Sequence[int]) -> Ranks:
+        """Return ``ranks`` as a tuple if the format can be given them, else raise ``ValueError``."""
+        maximum = self.max_ranks(shape)
+        wanted = f"{self} on a kernel {shape} takes {len(maximum)} rank(s) of at most {maximum}, got {tuple(ranks)}"
+        if len(ranks) != len(maximum):
+            raise ValueError(wanted)
+        if any(not 1 <= rank <= top for rank, top in zip(ranks, maximum, strict=True)):
+            raise ValueError(f"{wanted}; ranks start at 1")
+        return tuple(ranks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the name and those options that differ from the default, as plain values."""
+        options = asdict(self)  # type: ignore[call-overload]
+        defaults = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
+        return {"name": self.name} | {key: value for key, value in options.items() if value != defaults[key]}
+
+    def __str__(self) -> str:
+        options = {key: value for key, value in self.to_dict().items() if key != "name"}
+        return f"{self.name}({', '.join(str(value) for value in options.values())})" if options else self.name
+
+
+def make_format(value: Any) -> Format:
+    """Return the format that ``value`` names: a format, a name, or a mapping with options.
+
+    >>> make_format({"name": "svd", "cut": "in|rest"})
+    SVD(cut='in|rest')
+    """
+    if isinstance(value, Format):
+        return value
+    options = dict(value) if isinstance(value, dict) else {"name": value}
+    name = options.pop("name", None)
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}; the formats are {', '.join(sorted(FORMATS))}")
+    defaults = {field.name: field.default for field in fields(FORMATS[name])}  # type: ignore[arg-type]
+    for option, given in options.items():
+        if option not in defaults:
+            has = f"its options are {', '.join(defaults)}" if defaults else "it has none"
+            raise ValueError(f"format {name!r} has no option {option!r}; {has}")
+        if type(given) is not type(defaults[option]):
+            raise ValueError(f"format {name!r}: option {option!r} is like {defaults[option]!r}, got {given!r}")
+    return FORMATS[name](**options)

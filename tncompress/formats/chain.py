@@ -1,0 +1,173 @@
+"""Formats whose factors form a chain: each core holds some legs of the kernel and two bonds.
+
+A single cut, Tucker-2 and an MPS are all chains; they differ in how legs are grouped into cores. Here is
+what they share: the network, the convolutions that run it, and the sequentially truncated decomposition.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+from torch import Tensor
+
+from tncompress.cuts import legs_of
+from tncompress.formats.base import Fit, Format, Ranks, Shape, Stage
+from tncompress.linalg import bond_scale, singular_values, svd, tail_energies, unfold, working_copy
+
+OUT, IN = 0, 1
+Groups = tuple[tuple[int, ...], ...]
+
+
+class ChainFormat(Format):
+    """A chain of cores; core number k is stored as ``([out], [r_k], [in], [r_k-1], *spatial)``.
+
+    With that order of modes a core *is* the weight of its convolution, so nothing is copied in a forward
+    pass (except for cores beyond ``in`` or ``out``, see :meth:`stages`).
+    """
+
+    @abstractmethod
+    def grouping(self, ndim: int) -> Groups:
+        """Return the kernel's modes in each core, from one end of the chain to the other."""
+
+    def groups(self, shape: Shape) -> Groups:
+        """Return the modes in each core for a kernel of this shape, ``in`` no later than ``out``.
+
+        A spatial mode of dimension 1 joins the core of ``in``: the input is then subsampled first.
+        """
+        thin = [mode for mode in range(2, len(shape)) if shape[mode] == 1]
+        groups = []
+        for group in self.grouping(len(shape)):
+            kept = [mode for mode in group if mode not in thin]
+            if IN in group:
+                kept += thin
+            if kept:
+                groups.append(tuple(sorted(kept)))
+        if len(groups) < 2:
+            raise ValueError(f"{self} has nothing to cut in a kernel {tuple(shape)}: one side would be empty")
+        if _position(groups, IN) > _position(groups, OUT):
+            groups.reverse()
+        return tuple(groups)
+
+    def network(self, shape: Shape) -> tuple[tuple[str, ...], ...]:
+        names, groups = legs_of(len(shape)), self.groups(shape)
+        cores = []
+        for k, group in enumerate(groups):
+            legs = [names[OUT]] if OUT in group else []
+            legs += [f"r{k}"] if k < len(groups) - 1 else []
+            legs += [names[IN]] if IN in group else []
+            legs += [f"r{k - 1}"] if k > 0 else []
+            cores.append((*legs, *(names[mode] for mode in group if mode > IN)))
+        return tuple(cores)
+
+    def max_ranks(self, shape: Shape) -> Ranks:
+        sizes = [math.prod(shape[mode] for mode in group) for group in self.groups(shape)]
+        return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
+
+    def feasible(self, shape: Shape, ranks: Ranks) -> Ranks:
+        sizes = [math.prod(shape[mode] for mode in group) for group in self.groups(shape)]
+        clipped = [1, *ranks, 1]
+        for k in range(1, len(clipped)):
+            clipped[k] = min(clipped[k], clipped[k - 1] * sizes[k - 1])
+        for k in range(len(clipped) - 2, 0, -1):
+            clipped[k] = min(clipped[k], clipped[k + 1] * sizes[k])
+        return tuple(clipped[1:-1])
+
+    def stages(self, shape: Shape, ranks: Ranks) -> tuple[Stage, ...]:
+        """Return one convolution for each core, from ``in`` to ``out``.
+
+        A core beyond ``in`` acts on each input channel alike, one beyond ``out`` on each output channel:
+        a grouped convolution whose weight is repeated for every group.
+        """
+        groups = self.groups(shape)
+        first, last = _position(groups, IN), _position(groups, OUT)
+        bonds, stages = (1, *ranks, 1), []
+        for k, group in enumerate(groups):
+            channels_out = bonds[k + 1] * (shape[OUT] if OUT in group else 1)
+            channels_in = bonds[k] * (shape[IN] if IN in group else 1)
+            copies = shape[IN] if k < first else shape[OUT] if k > last else 1
+            axes = tuple(mode - 2 for mode in group if mode > IN)
+            window = tuple(size if axis in axes else 1 for axis, size in enumerate(shape[2:]))
+            stages.append(Stage(k, (copies * channels_out, channels_in, *window), axes, copies, copies))
+        return tuple(stages)
+
+    def spectra(self, kernel: Tensor) -> tuple[Tensor, ...]:
+        groups, kernel = self.groups(kernel.shape), working_copy(kernel)
+        cut_modes = [sum(groups[:k], ()) for k in range(1, len(groups))]
+        return tuple(singular_values(unfold(kernel, modes)) for modes in cut_modes)
+
+    def fit(self, kernel: Tensor, ranks: Ranks) -> Fit:
+        """Return the sequentially truncated decomposition (TT-SVD, Oseledets 2011) of ``kernel``.
+
+        The squared error is exactly the sum of the weights discarded on the way. It is optimal for one
+        bond and within sqrt(number of bonds) of the best for more.
+        """
+        ranks = self.feasible(kernel.shape, self.check_ranks(kernel.shape, ranks))
+        groups = self.groups(kernel.shape)
+        order = sum(groups, ())
+        work = working_copy(kernel)
+        sizes = [math.prod(kernel.shape[mode] for mode in group) for group in groups]
+        cores, discarded = truncate_chain(work.permute(order).reshape(sizes), ranks)
+        norm = float(work.square().sum())
+        rel_error = math.sqrt(max(discarded, 0.0) / norm) if norm > 0 else 0.0
+        shapes = self.factor_shapes(kernel.shape, ranks)
+        stored = (_store(core, group, kernel.shape) for core, group in zip(cores, groups, strict=True))
+        factors = (core.reshape(size).to(kernel.dtype) for core, size in zip(stored, shapes, strict=True))
+        return Fit(tuple(factor.contiguous() for factor in factors), rel_error)
+
+
+def truncate_chain(tensor: Tensor, ranks: Ranks) -> tuple[list[Tensor], float]:
+    """Return cores ``(r_left, size, r_right)`` of a chain for ``tensor``, and the squared error.
+
+    Bonds are cut from both ends towards the middle, the cheaper end first, with isometries: what remains
+    carries the whole norm, so that the discarded weights add.
+    """
+    sizes, last = tensor.shape, tensor.ndim - 1
+    cores: list[Tensor] = [tensor] * tensor.ndim
+    bond_values: list[Tensor] = [tensor] * last
+    low, high, r_low, r_high, discarded = 0, last, 1, 1, 0.0
+    rest = tensor
+    while low < high:
+        from_left = r_low * sizes[low] <= sizes[high] * r_high
+        bond = low if from_left else high - 1
+        rank = ranks[bond]
+        rows = rest.reshape(r_low * sizes[low], -1) if from_left else rest.reshape(-1, sizes[high] * r_high).mT
+        u, s, svh = svd(rows)
+        discarded += float(tail_energies(s)[rank])
+        bond_values[bond] = s[:rank]
+        if from_left:
+            cores[low], rest = u[:, :rank].reshape(r_low, sizes[low], rank), svh[:rank]
+            low, r_low = low + 1, rank
+        else:
+            cores[high], rest = u[:, :rank].mT.reshape(rank, sizes[high], r_high), svh[:rank].mT
+            high, r_high = high - 1, rank
+    cores[low] = rest.reshape(r_low, sizes[low], r_high)
+    return balance_chain(cores, bond_values, centre=low), discarded
+
+
+def balance_chain(cores: list[Tensor], bond_values: list[Tensor], centre: int) -> list[Tensor]:
+    """Return the same chain in another gauge: sqrt of each bond's singular values on both its sides.
+
+    ``cores`` are isometries around the one numbered ``centre``, which carries the norm. Gradient flow keeps
+    an unbalanced bond unbalanced, so fine-tuning should start from an even split.
+    """
+    cores = list(cores)
+    for bond, values in enumerate(bond_values):
+        left = right = bond_scale(values)
+        left, right = (left, 1 / right) if bond < centre else (1 / left, right)
+        cores[bond] = cores[bond] * left
+        cores[bond + 1] = cores[bond + 1] * right[:, None, None]
+    return cores
+
+
+def _store(core: Tensor, group: tuple[int, ...], shape: Shape) -> Tensor:
+    """Return ``core`` (r_left, group's modes as one, r_right) with its modes in the order of storage."""
+    r_left, _, r_right = core.shape
+    split = core.reshape(r_left, *(shape[mode] for mode in group), r_right)
+    place = {mode: 1 + i for i, mode in enumerate(group)}
+    order = [place.get(OUT), split.ndim - 1, place.get(IN), 0, *(place[mode] for mode in group if mode > IN)]
+    return split.permute([i for i in order if i is not None])
+
+
+def _position(groups: list[tuple[int, ...]] | Groups, mode: int) -> int:
+    return next(k for k, group in enumerate(groups) if mode in group)

@@ -1,0 +1,162 @@
+"""The Tucker decomposition: a small core and one matrix for each compressed leg."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tncompress.cuts import legs_of
+from tncompress.formats.base import Fit, Format, Ranks, Shape, Stage, register_format
+from tncompress.formats.chain import IN, OUT
+from tncompress.linalg import bond_scale, singular_values, svd, unfold, working_copy
+
+SWEEPS, TOLERANCE = 10, 1e-7
+
+
+@register_format("tucker")
+@dataclass(frozen=True)
+class Tucker(Format):
+    """A core with a factor matrix on its channel legs (``legs="channels"``) or on every leg (``"all"``).
+
+    Ranks are those of ``in``, of the spatial legs (with ``"all"``), and of ``out``, in this order. With
+    ``"channels"`` it runs as 1x1, kh x kw, 1x1 (Kim et al. 2016). A kernel without spatial extent is a
+    matrix: it has one bond and no core.
+    """
+
+    legs: str = "channels"
+
+    def __post_init__(self) -> None:
+        if self.legs not in ("channels", "all"):
+            raise ValueError(f"tucker's legs are 'channels' or 'all', got {self.legs!r}")
+
+    def modes(self, shape: Shape) -> tuple[int, ...]:
+        """Return the kernel modes that have a bond, in the order of the ranks."""
+        wide = _wide(shape)
+        if not wide:
+            return (IN,)
+        return (IN, *(wide if self.legs == "all" else ()), OUT)
+
+    def network(self, shape: Shape) -> tuple[tuple[str, ...], ...]:
+        names, modes, wide = legs_of(len(shape)), self.modes(shape), _wide(shape)
+        thin = tuple(names[mode] for mode in range(2, len(shape)) if mode not in wide)
+        first = ("r0", "in", *thin)
+        if not wide:
+            return first, ("out", "r0")
+        bonds = {mode: f"r{i}" for i, mode in enumerate(modes)}
+        spatial = tuple((bonds[mode], names[mode]) for mode in wide if mode in bonds)
+        core = (bonds[OUT], "r0", *(bonds.get(mode, names[mode]) for mode in wide))
+        return first, *spatial, core, ("out", bonds[OUT])
+
+    def max_ranks(self, shape: Shape) -> Ranks:
+        total = math.prod(shape)
+        return tuple(min(shape[mode], total // shape[mode]) for mode in self.modes(shape))
+
+    def feasible(self, shape: Shape, ranks: Ranks) -> Ranks:
+        modes, clipped = self.modes(shape), list(ranks)
+        if len(modes) == 1:
+            return ranks
+        fixed = math.prod(shape[mode] for mode in _wide(shape) if mode not in modes)
+        while True:
+            before = list(clipped)
+            for i, rank in enumerate(clipped):
+                clipped[i] = min(rank, fixed * math.prod(clipped) // rank)
+            if clipped == before:
+                return tuple(clipped)
+
+    def stages(self, shape: Shape, ranks: Ranks) -> tuple[Stage, ...]:
+        """Return 1x1, the core, 1x1; spatial factors of ``legs="all"`` act on each bond channel before it."""
+        modes, wide = self.modes(shape), _wide(shape)
+        ones = (1,) * (len(shape) - 2)
+        thin = tuple(mode - 2 for mode in range(2, len(shape)) if mode not in wide)
+        stages = [Stage(0, (ranks[0], shape[IN], *ones), thin)]
+        if not wide:
+            return stages[0], Stage(1, (shape[OUT], ranks[0], *ones))
+        channels, spatial = ranks[0], modes[1:-1]
+        for i, mode in enumerate(spatial, start=1):
+            window = tuple(shape[mode] if axis == mode - 2 else 1 for axis in range(len(ones)))
+            stages.append(Stage(i, (channels * ranks[i], 1, *window), (mode - 2,), channels, channels))
+            channels *= ranks[i]
+        core = 1 + len(spatial)
+        if spatial:
+            stages.append(Stage(core, (ranks[-1], channels, *ones)))
+        else:
+            stages.append(Stage(core, (ranks[-1], channels, *shape[2:]), tuple(mode - 2 for mode in wide)))
+        return *stages, Stage(core + 1, (shape[OUT], ranks[-1], *ones))
+
+    def spectra(self, kernel: Tensor) -> tuple[Tensor, ...]:
+        kernel = working_copy(kernel)
+        return tuple(singular_values(unfold(kernel, [mode])) for mode in self.modes(kernel.shape))
+
+    def fit(self, kernel: Tensor, ranks: Ranks) -> Fit:
+        """Return the HOOI fit (De Lathauwer et al. 2000), started from a sequentially truncated HOSVD.
+
+        Sweeps never raise the error, which is at most that of the HOSVD: the sum of the squared tails.
+        """
+        shape = tuple(kernel.shape)
+        ranks = self.feasible(shape, self.check_ranks(shape, ranks))
+        work = working_copy(kernel)
+        total = float(work.square().sum())
+        modes = self.modes(shape)
+        bases: dict[int, Tensor] = {}
+        core = work
+        for mode, rank in sorted(zip(modes, ranks, strict=True), key=lambda pair: pair[1] / shape[pair[0]]):
+            bases[mode] = svd(unfold(core, [mode]))[0][:, :rank]
+            core = _project(core, mode, bases[mode])
+        core = _improve(work, bases, dict(zip(modes, ranks, strict=True)), core)
+        error = math.sqrt(_squared_distance(work, core, bases) / total) if total > 0 else 0.0
+        factors = self._factors(core, bases, shape)
+        shapes = self.factor_shapes(shape, ranks)
+        made = (f.reshape(size).to(kernel.dtype).contiguous() for f, size in zip(factors, shapes, strict=True))
+        return Fit(tuple(made), error)
+
+    def _factors(self, core: Tensor, bases: dict[int, Tensor], shape: Shape) -> list[Tensor]:
+        """Return the factors in storage order, each bond's singular values split over its two sides."""
+        scales = {mode: bond_scale(singular_values(unfold(core, [mode]))) for mode in bases}
+        for mode, scale in scales.items():
+            core = core / scale.reshape([-1 if axis == mode else 1 for axis in range(core.ndim)])
+        matrices = {mode: basis * scales[mode] for mode, basis in bases.items()}
+        if len(matrices) == 1:
+            return [matrices[IN].mT, core.flatten(1)]
+        spatial = [matrices[mode].mT for mode in sorted(matrices) if mode > IN]
+        return [matrices[IN].mT, *spatial, core, matrices[OUT]]
+
+
+def _wide(shape: Shape) -> tuple[int, ...]:
+    return tuple(mode for mode in range(2, len(shape)) if shape[mode] > 1)
+
+
+def _project(tensor: Tensor, mode: int, basis: Tensor) -> Tensor:
+    return torch.tensordot(tensor, basis, dims=([mode], [0])).movedim(-1, mode)
+
+
+def _improve(work: Tensor, bases: dict[int, Tensor], ranks: dict[int, int], core: Tensor) -> Tensor:
+    """Sweep over the modes until the core's norm, which no sweep lowers, stands still; update ``bases``."""
+    if len(bases) == 1 or all(ranks[mode] == work.shape[mode] for mode in bases):
+        return core
+    norm = float(core.norm())
+    for _ in range(SWEEPS):
+        for mode in bases:
+            core = work
+            for other in bases:
+                if other != mode:
+                    core = _project(core, other, bases[other])
+            bases[mode] = svd(unfold(core, [mode]))[0][:, : ranks[mode]]
+            core = _project(core, mode, bases[mode])
+        gain, norm = float(core.norm()) - norm, float(core.norm())
+        if gain <= TOLERANCE * norm:
+            break
+    return core
+
+
+def _squared_distance(work: Tensor, core: Tensor, bases: dict[int, Tensor]) -> float:
+    """Return the squared error, from the norms where they differ enough and by subtraction where not."""
+    total, kept = float(work.square().sum()), float(core.square().sum())
+    if total - kept > 1e-8 * total:
+        return total - kept
+    rebuilt = core
+    for mode, basis in bases.items():
+        rebuilt = _project(rebuilt, mode, basis.mT)
+    return float((work - rebuilt).square().sum())

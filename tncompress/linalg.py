@@ -1,0 +1,106 @@
+"""Matrices out of tensors, and the truncated singular value decomposition.
+
+Everything here is a pure function on tensors. Accuracy is decided here once: decompositions run in
+float64 whatever the kernel's dtype (:func:`working_copy`), so that a discarded weight which is reported
+is the discarded weight that is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+GRAM_FLOOR = 1e-13
+"""Smallest eigenvalue of a Gram matrix, over the largest, at which singular vectors are still trusted."""
+
+
+def working_copy(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` detached and in float64, the precision in which kernels are decomposed."""
+    return tensor.detach().to(torch.float64)
+
+
+def unfold(tensor: Tensor, rows: Sequence[int]) -> Float[Tensor, "m n"]:
+    """Return the matrix whose rows are indexed by the modes ``rows``, in that order, and columns by the rest."""
+    columns = [mode for mode in range(tensor.ndim) if mode not in rows]
+    height = math.prod(tensor.shape[mode] for mode in rows)
+    return tensor.permute(*rows, *columns).reshape(height, -1)
+
+
+def svd(
+    matrix: Float[Tensor, "m n"],
+) -> tuple[Float[Tensor, "m k"], Float[Tensor, " k"], Float[Tensor, "k n"]]:
+    """Return ``u, s, svh``: left singular vectors, singular values, and ``diag(s) @ vh``, with k = min(m, n).
+
+    The eigenvectors of the Gram matrix of the short side are several times cheaper than a full SVD, but
+    they lose singular values below about ``sqrt(GRAM_FLOOR)`` of the largest. Where there are such values
+    the triangular factor of a QR decomposition is decomposed instead.
+    ``u @ svh`` equals ``matrix`` to machine precision, and ``u`` has orthonormal columns, on both ways.
+    """
+    m, n = matrix.shape
+    if m > n:
+        v, s, sut = _svd_wide(matrix.mT)
+        s_safe = torch.where(s > 0, s, torch.ones_like(s))
+        u = (sut / s_safe[:, None]).mT
+        if bool((s <= math.sqrt(GRAM_FLOOR) * s[:1]).any()):
+            u, triangle = torch.linalg.qr(sut.mT)
+            return u, s, triangle @ v.mT
+        return u, s, s[:, None] * v.mT
+    return _svd_wide(matrix)
+
+
+def _svd_wide(matrix: Float[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:
+    eigenvalues, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+    eigenvalues, u = eigenvalues.flip(0), vectors.flip(1)
+    if bool(eigenvalues[-1] <= GRAM_FLOOR * eigenvalues[0]):
+        q, r = torch.linalg.qr(matrix.mT)
+        u, s, vh = torch.linalg.svd(r.mT, full_matrices=False)
+        return u, s, s[:, None] * (vh @ q.mT)
+    return u, eigenvalues.sqrt(), u.mT @ matrix
+
+
+def singular_values(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " k"]:
+    """Return the singular values of ``matrix``, largest first, in its own dtype."""
+    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    eigenvalues = torch.linalg.eigvalsh(short @ short.mT).flip(0)
+    if bool(eigenvalues[-1] <= GRAM_FLOOR * eigenvalues[0]):
+        return torch.linalg.svdvals(torch.linalg.qr(short.mT, mode="r").R)
+    return eigenvalues.sqrt()
+
+
+def truncated_svd(
+    matrix: Float[Tensor, "m n"], rank: int
+) -> tuple[Float[Tensor, "m r"], Float[Tensor, " r"], Float[Tensor, "r n"]]:
+    """Return ``u, s, svh`` of the best rank-``rank`` approximation ``u @ svh`` (Eckart-Young).
+
+    >>> matrix = torch.arange(12.0, dtype=torch.float64).reshape(3, 4)
+    >>> u, s, svh = truncated_svd(matrix, 2)          # this matrix has rank 2
+    >>> torch.allclose(u @ svh, matrix)
+    True
+    """
+    full = min(matrix.shape)
+    if not 1 <= rank <= full:
+        raise ValueError(f"rank must be in [1, {full}] for a {tuple(matrix.shape)} matrix, got {rank}")
+    u, s, svh = svd(matrix)
+    return u[:, :rank], s[:rank], svh[:rank]
+
+
+def tail_energies(s: Float[Tensor, " k"]) -> Float[Tensor, " k+1"]:
+    """Return t with t[r] = sum of s[r:]**2: the squared error of a truncation to rank r, for r = 0..k."""
+    tails = s.square().flip(0).cumsum(0).flip(0)
+    return torch.cat([tails, tails.new_zeros(1)])
+
+
+def bond_scale(s: Float[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """Return sqrt(s), with entries held above 1% of the largest: a gauge that splits a bond evenly.
+
+    One side of a bond is multiplied by it, the other divided. The floor keeps the division harmless where
+    a kernel has a lower rank than the bond.
+    """
+    top = s.max()
+    if not bool(top > 0):
+        return torch.ones_like(s)
+    return torch.maximum(s, 1e-4 * top).sqrt()

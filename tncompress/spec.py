@@ -1,0 +1,284 @@
+"""What the user asks for: which layers, in which format, at which ranks.
+
+A :class:`Spec` is a frozen value that round-trips through JSON, YAML and TOML. A rank is always a tagged
+policy, never a bare number: ``Energy(0.95)`` in Python, ``{energy: 0.95}`` in a file.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from tncompress.formats import MPS, Format, make_format
+
+VERSION = 1
+KEEP_DENSE = ("stem", "classifier")
+
+
+class RankPolicy:
+    """How the ranks of a layer are chosen; the subclasses are the policies."""
+
+    tag: ClassVar[str]
+
+    def to_value(self) -> Any:
+        """Return the number or numbers behind the tag."""
+        (field,) = fields(self)  # type: ignore[arg-type]
+        value = getattr(self, field.name)
+        return list(value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class FixedRank(RankPolicy):
+    """These ranks, one for each bond of the format; a single number stands for every bond."""
+
+    ranks: int | tuple[int, ...]
+    tag: ClassVar[str] = "fixed"
+
+    def __post_init__(self) -> None:
+        values = self.ranks if isinstance(self.ranks, list | tuple) else [self.ranks]
+        if not values or any(not isinstance(r, int) or isinstance(r, bool) or r < 1 for r in values):
+            raise ValueError(f"fixed ranks are whole numbers from 1 on, got {self.ranks!r}")
+        if isinstance(self.ranks, list):
+            object.__setattr__(self, "ranks", tuple(self.ranks))
+
+
+@dataclass(frozen=True)
+class ParamsRatio(RankPolicy):
+    """The smallest error with at most ``ratio`` times the parameters of the dense kernel."""
+
+    ratio: float
+    tag: ClassVar[str] = "params_ratio"
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, self.ratio)
+
+
+@dataclass(frozen=True)
+class Energy(RankPolicy):
+    """The fewest parameters that keep ``kept`` of the kernel's squared norm: rel_error**2 <= 1 - kept."""
+
+    kept: float
+    tag: ClassVar[str] = "energy"
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, self.kept)
+
+
+@dataclass(frozen=True)
+class RelError(RankPolicy):
+    """The fewest parameters with a relative Frobenius error of the kernel of at most ``error``."""
+
+    error: float
+    tag: ClassVar[str] = "rel_error"
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, self.error)
+
+
+POLICIES: dict[str, type[RankPolicy]] = {p.tag: p for p in (FixedRank, ParamsRatio, Energy, RelError)}
+
+
+def _check_fraction(policy: RankPolicy, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{policy.tag} is a number above 0 and at most 1, got {value!r}")
+
+
+def make_policy(value: Any) -> RankPolicy:
+    """Return the policy that ``value`` stands for: a policy, or a mapping with one tag.
+
+    >>> make_policy({"energy": 0.95})
+    Energy(kept=0.95)
+    """
+    if isinstance(value, RankPolicy):
+        return value
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ValueError(f"a rank is one tagged policy, such as {{energy: 0.95}}, got {value!r}; {_tags()}")
+    ((tag, number),) = value.items()
+    if tag not in POLICIES:
+        raise ValueError(f"unknown rank policy {tag!r}; {_tags()}")
+    return POLICIES[tag](number)  # type: ignore[call-arg]
+
+
+def _tags() -> str:
+    return f"the tags are {', '.join(POLICIES)}"
+
+
+def _one_line(format: Format) -> str | dict[str, Any]:
+    described = format.to_dict()
+    return described if len(described) > 1 else format.name
+
+
+FormatField = Annotated[InstanceOf[Format], BeforeValidator(make_format), PlainSerializer(_one_line)]
+PolicyField = Annotated[
+    InstanceOf[RankPolicy],
+    BeforeValidator(make_policy),
+    PlainSerializer(lambda policy: {policy.tag: policy.to_value()}),
+]
+
+
+class Settings(BaseModel):
+    """Format and ranks of a layer.
+
+    ``min_rank`` and ``round_to`` bind the chosen ranks from below and to multiples (a bond whose maximum is
+    smaller, or no multiple, may still be full); they do not touch a :class:`FixedRank`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: FormatField = MPS()
+    rank: PolicyField = ParamsRatio(0.25)
+    min_rank: int = Field(1, ge=1)
+    round_to: int = Field(1, ge=1)
+
+
+class Rule(Settings):
+    """Settings for the layers whose name matches ``pattern``.
+
+    A pattern is a shell pattern on the module's dotted name (``layer[34].*``), or a regular expression that
+    is searched in it after ``re:``. What the rule leaves out it takes from the spec's default.
+    """
+
+    pattern: str = Field(min_length=1)
+    keep_dense: bool = False
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return pattern
+
+
+class Spec(BaseModel):
+    """What to compress, how, and what to leave dense.
+
+    >>> spec = Spec(default=Settings(format="tucker", rank=Energy(0.9)))
+    >>> Spec.parse(spec.to_dict()) == spec
+    True
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = VERSION
+    default: Settings = Settings()
+    rules: tuple[Rule, ...] = ()
+    keep_dense: tuple[str, ...] = KEEP_DENSE
+    allow_larger: bool = False
+
+    @model_validator(mode="after")
+    def _fill_rules(self) -> Spec:
+        given = {name: getattr(self.default, name) for name in self.default.model_fields_set}
+        rules = tuple(
+            rule.model_copy(update={k: v for k, v in given.items() if k not in rule.model_fields_set})
+            for rule in self.rules
+        )
+        object.__setattr__(self, "rules", rules)
+        return self
+
+    @classmethod
+    def parse(cls, value: Spec | Mapping[str, Any] | str | Path) -> Spec:
+        """Return the spec that ``value`` is, describes, or (as a path) holds; errors are one line."""
+        if isinstance(value, Spec):
+            return value
+        if isinstance(value, str | Path):
+            return cls._checked(_read(Path(value)), f"spec {value}")
+        if not isinstance(value, Mapping):
+            raise TypeError(f"a spec is a Spec, a mapping or a path to a file, got {type(value).__name__}")
+        return cls._checked(value, "spec")
+
+    @classmethod
+    def _checked(cls, value: Any, source: str) -> Spec:
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise ValueError(f"{source}: {explain(error, cls)}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was given, as plain values that any of the file formats can hold."""
+        return {"version": self.version} | self.model_dump(mode="json", exclude_unset=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the spec as JSON or YAML, by the file's suffix."""
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        elif path.suffix in (".yaml", ".yml"):
+            path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        else:
+            raise ValueError(f"a spec is written as .json or .yaml, got {path.name}")
+
+    def rule_for(self, names: Sequence[str]) -> Rule | Settings:
+        """Return the first rule that matches one of ``names``, else the default."""
+        return next((rule for rule in self.rules if matches_any(rule.pattern, names)), self.default)
+
+
+def matches_any(pattern: str, names: Sequence[str]) -> bool:
+    """Return whether ``pattern`` matches one of the module names.
+
+    >>> matches_any("layer[34].*", ["layer3.0.conv1"]), matches_any("re:conv[12]$", ["layer3.0.conv1"])
+    (True, True)
+    """
+    if pattern.startswith("re:"):
+        return any(re.search(pattern[3:], name) for name in names)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return the first problem of a validation error as one line that names the key and what is valid."""
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    place = ".".join(str(part) for part in first["loc"]) or "top level"
+    if first["type"] == "extra_forbidden":
+        valid = ", ".join(_keys_at(model, first["loc"][:-1]))
+        return f"unknown key '{place}'; the keys there are {valid}"
+    if first["type"] == "missing":
+        return f"'{place}' is missing"
+    message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    came = "" if ", got " in message else f", got {first['input']!r}"
+    return f"{place}: {message[:1].lower()}{message[1:]}{came}"
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    inner: dict[str, type[BaseModel]] = {"default": Settings, "rules": Rule}
+    for part in location:
+        model = inner.get(part, model) if isinstance(part, str) else model
+    return list(model.model_fields)
+
+
+def _read(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no spec file {path}") from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise ValueError(f"spec {path} is not a text file") from None
+    readers = {".json": json.loads, ".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+    if path.suffix not in readers:
+        raise ValueError(f"a spec file ends in {', '.join(readers)}, got {path.name}")
+    try:
+        return readers[path.suffix](text)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"spec {path} is not valid {path.suffix[1:].upper()}: {reason}") from None

@@ -1,0 +1,59 @@
+"""Small words for numbers and tables, the same in the console, the plan and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+
+def count(number: float | None) -> str:
+    """Return a count with three digits and a unit.
+
+    >>> count(36_864), count(912), count(None)
+    ('36.9 k', '912', '-')
+    """
+    if number is None:
+        return "-"
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def ratio(before: float | None, after: float | None) -> str:
+    """Return how many times smaller ``after`` is than ``before``.
+
+    >>> ratio(8, 2), ratio(2, 8)
+    ('4.00x', '0.25x')
+    """
+    if not before or not after:
+        return "-"
+    return f"{before / after:.2f}x"
+
+
+def render(renderable: Any, width: int = 140) -> str:
+    """Return a rich renderable as plain text."""
+    from rich.console import Console
+
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; the first column is aligned left, the others right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def watched(items: Sequence[_T], what: str, *, show: bool) -> Iterable[_T]:
+    """Return ``items``, with a progress bar on standard error while they are gone through if ``show``."""
+    if not show:
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, description=what, console=Console(stderr=True), transient=True)
