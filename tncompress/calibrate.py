@@ -1,0 +1,124 @@
+"""Repair without labels or gradients: what unlabelled images alone bring back after truncation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tncompress.discovery import eval_mode, find_layers
+from tncompress.layers import TNConv
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def repair(
+    small: M,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    bias: bool = True,
+    batchnorm: bool = True,
+) -> M:
+    """Return a copy of ``small`` repaired on ``batches`` of inputs: first biases, then BatchNorm statistics.
+
+    ``dense`` is the model that ``small`` was made from. ``batches`` is gone through once for each repair, so
+    it must be a loader or a list, not a generator; a batch is a tensor, or a tuple or mapping whose first
+    item is the input. Labels are never looked at.
+    """
+    repaired = copy.deepcopy(small)
+    if bias:
+        correct_bias_(repaired, dense, batches)
+    if batchnorm:
+        reestimate_batchnorm_(repaired, batches)
+    return repaired
+
+
+def reestimate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Replace the running statistics of every BatchNorm by their plain average over ``batches``.
+
+    Truncation shifts the statistics of what the layers put out; much of the accuracy lost right after it
+    comes back by this alone. Only BatchNorm layers are in training mode meanwhile: dropout stays off,
+    unlike with ``torch.optim.swa_utils.update_bn``.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    with eval_mode(model):
+        momenta = [norm.momentum for norm in norms]
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            for x in inputs_of(batches, model):
+                model(x)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+def correct_bias_(small: nn.Module, dense: nn.Module, batches: Iterable[Any]) -> None:
+    """Add to each compressed layer's bias what makes its mean output that of the dense layer: (W - W') E[x].
+
+    Both layers are given the dense model's input. Layers without a bias are passed over: a BatchNorm
+    follows them as a rule, and takes the mean away again.
+    """
+    pairs = [
+        (layer.module, dense.get_submodule(layer.name))
+        for layer in find_layers(small)
+        if isinstance(layer.module, TNConv) and layer.module.bias is not None
+    ]
+    if not pairs:
+        return
+    sums: dict[nn.Module, Tensor] = {}
+    counts: dict[nn.Module, int] = {}
+    with eval_mode(small), eval_mode(dense), _hooked(pairs, sums, counts):
+        for x in inputs_of(batches, dense):
+            dense(x)
+    with torch.no_grad():
+        for layer, total in sums.items():
+            layer.bias += (total / counts[layer]).to(layer.bias.dtype)  # type: ignore[operator,union-attr,arg-type]
+
+
+@contextmanager
+def _hooked(
+    pairs: list[tuple[TNConv, nn.Module]], sums: dict[nn.Module, Tensor], counts: dict[nn.Module, int]
+) -> Iterator[None]:
+    """Sum up, at each call of a dense layer, how far its compressed partner is off in each channel."""
+    handles = []
+    for layer, partner in pairs:
+
+        def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: TNConv = layer) -> None:
+            gap = (output - layer(args[0])).double()
+            channel = gap.ndim - 1 - layer.geometry.ndim
+            gap = gap.movedim(channel, -1).flatten(0, -2)
+            sums[layer] = sums.get(layer, 0) + gap.sum(0)
+            counts[layer] = counts.get(layer, 0) + len(gap)
+
+        handles.append(partner.register_forward_hook(add))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def inputs_of(batches: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
+    """Yield the input of each batch on the model's device; no batch at all is a ``ValueError``."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found = False
+    for batch in batches:
+        found = True
+        if isinstance(batch, Mapping):
+            batch = next(iter(batch.values()))
+        elif isinstance(batch, tuple | list):
+            batch = batch[0]
+        yield batch.to(device)
+    if not found:
+        raise ValueError("wanted at least one batch of inputs, got none (a generator that was used up?)")

@@ -1,0 +1,162 @@
+"""Figures of a model: accuracy, size, cost, speed, memory. Each is measured, none is estimated."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Measurement, Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from tncompress.discovery import call_model, eval_mode
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Top-1 ``accuracy`` (a fraction) and mean cross-entropy ``loss`` over ``samples`` labelled images."""
+
+    accuracy: float
+    loss: float
+    samples: int
+
+
+def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
+    """Return the accuracy and loss of ``model`` on the ``(inputs, labels)`` batches of ``loader``."""
+    device = device_of(model)
+    correct, loss, samples = 0, 0.0, 0
+    with eval_mode(model):
+        for x, y in loader:
+            logits, y = model(x.to(device)).float(), y.to(device)
+            correct += int((logits.argmax(1) == y).sum())
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            samples += len(y)
+    if samples == 0:
+        raise ValueError("wanted labelled batches to evaluate on, got none")
+    return Evaluation(correct / samples, loss / samples, samples)
+
+
+def recovery(accuracy: float, truncated: float, dense: float) -> float | None:
+    """Return which part of the accuracy lost by truncation is back; None where nothing was lost.
+
+    >>> recovery(0.9, truncated=0.5, dense=0.9)
+    1.0
+    """
+    return (accuracy - truncated) / (dense - truncated) if dense > truncated else None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter (the CPU if it has none)."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def num_params(model: nn.Module) -> int:
+    """Return the number of parameters, each shared one counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def bytes_on_disk(model: nn.Module) -> int:
+    """Return the size of the model's state as a safetensors file, shared tensors written once."""
+    unique = {tensor.data_ptr(): (name, tensor) for name, tensor in model.state_dict().items()}
+    return len(serialize({name: tensor.contiguous().cpu() for name, tensor in unique.values()}))
+
+
+def macs(model: nn.Module, example_inputs: Any) -> int:
+    """Return the multiply-accumulates of one forward pass, counted as it runs (matrix products, convolutions)."""
+    counter = FlopCounterMode(display=False)
+    with eval_mode(model), counter:
+        call_model(model, example_inputs)
+    return counter.get_total_flops() // 2
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one forward pass: the median over ``runs`` blocks of calls and their interquartile range."""
+
+    median: float
+    iqr: float
+    runs: int
+
+
+def latencies(models: Sequence[nn.Module], example_inputs: Any, *, seconds: float = 1.0) -> list[Latency]:
+    """Return the latency of each model on ``example_inputs``, measured in turns so that drift hits all alike.
+
+    About ``seconds`` are spent on each model, in ten rounds.
+    """
+    timers, blocks = [], []
+    for model in models:
+        names = {"call_model": call_model, "model": model, "inputs": example_inputs}
+        timers.append(Timer("call_model(model, inputs)", globals=names, num_threads=torch.get_num_threads()))
+        blocks.append([])
+    modes = [eval_mode(model) for model in models]
+    for mode in modes:
+        mode.__enter__()
+    try:
+        with torch.inference_mode():
+            for timer in timers:
+                timer.timeit(2)
+            for _ in range(10):
+                for timer, found in zip(timers, blocks, strict=True):
+                    found.append(timer.blocked_autorange(min_run_time=seconds / 10))
+    finally:
+        for mode in reversed(modes):
+            mode.__exit__(None, None, None)
+    merged = [Measurement.merge(found)[0] for found in blocks]
+    return [Latency(float(m.median), float(m.iqr), len(m.times)) for m in merged]
+
+
+def peak_memory(model: nn.Module, example_inputs: Any) -> int:
+    """Return the peak bytes of tensors alive in a forward pass: parameters, buffers, inputs, activations.
+
+    On CUDA this is the allocator's own figure; on the CPU tensor storage is followed op by op, which leaves
+    out what a kernel takes for itself while it runs.
+    """
+    device = device_of(model)
+    if device.type == "cuda":
+        with eval_mode(model):
+            torch.cuda.reset_peak_memory_stats(device)
+            call_model(model, example_inputs)
+            torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    held = [*model.parameters(), *model.buffers(), *tree_leaves(example_inputs)]
+    tracker = _StorageTracker(tensor for tensor in held if isinstance(tensor, Tensor))
+    with eval_mode(model), tracker:
+        call_model(model, example_inputs)
+    return tracker.peak
+
+
+class _StorageTracker(TorchDispatchMode):
+    """Follows the bytes of all storages that the ops under it leave alive."""
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = self.now = 0
+        for tensor in held:
+            self._see(tensor)
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.alive.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        return result

@@ -1,0 +1,387 @@
+"""Models by name, and their weights: small CNNs, torchvision's models, factories in a file."""
+
+import difflib
+import hashlib
+import inspect
+import pickle
+import re
+import sys
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeGuard
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = [
+    "CNN4",
+    "CifarResNet",
+    "build_model",
+    "cnn4",
+    "list_models",
+    "load_weights",
+    "resnet20",
+    "save_weights",
+]
+
+
+class CNN4(nn.Module):
+    """Four 3x3 convolutions (32, 64, 128, 256 channels) with BatchNorm, global pooling and a linear head."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1):
+        super().__init__()
+        _check_counts(num_classes=num_classes, in_channels=in_channels)
+        self.conv1, self.bn1 = _conv3x3(in_channels, 32), nn.BatchNorm2d(32)
+        self.conv2, self.bn2 = _conv3x3(32, 64), nn.BatchNorm2d(64)
+        self.conv3, self.bn3 = _conv3x3(64, 128), nn.BatchNorm2d(128)
+        self.conv4, self.bn4 = _conv3x3(128, 256), nn.BatchNorm2d(256)
+        self.fc = nn.Linear(256, num_classes)
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
+        """Return the logits of images of at least 8x8 pixels."""
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2)
+        x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
+        x = F.max_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
+        x = F.relu(self.bn4(self.conv4(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class PaddedShortcut(nn.Module):
+    """Every ``stride``-th pixel, with zero channels on both sides: a shortcut without parameters."""
+
+    def __init__(self, extra_channels: int, stride: int):
+        super().__init__()
+        self.extra_channels, self.stride = extra_channels, stride
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
+        """Return ``x``, smaller and with more channels."""
+        before = self.extra_channels // 2
+        return F.pad(
+            x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.extra_channels - before)
+        )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = _conv3x3(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
+        self.conv2, self.bn2 = _conv3x3(out_channels, out_channels), nn.BatchNorm2d(out_channels)
+        same = in_channels == out_channels and stride == 1
+        self.shortcut = nn.Identity() if same else PaddedShortcut(out_channels - in_channels, stride)
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
+        """Return the block's activations."""
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32x32 images: widths 16, 32, 64, shortcuts of option A (He et al. 2016, section 4.2).
+
+    ``depth`` counts the layers with weights, 6n + 2 for n blocks in each of the three stages.
+    """
+
+    def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3):
+        super().__init__()
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"depth must be 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), got {depth}")
+        _check_counts(num_classes=num_classes, in_channels=in_channels)
+        self.conv1, self.bn1 = _conv3x3(in_channels, 16), nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, blocks, stride=1)
+        self.layer2 = _stage(16, 32, blocks, stride=2)
+        self.layer3 = _stage(32, 64, blocks, stride=2)
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
+        """Return the logits."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def cnn4(num_classes: int = 10, in_channels: int = 1) -> CNN4:
+    """Return the plain four-layer CNN, with random weights.
+
+    >>> cnn4()(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    """
+    return CNN4(num_classes, in_channels)
+
+
+def resnet20(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """Return the CIFAR-style ResNet of depth 20, with random weights."""
+    return CifarResNet(20, num_classes, in_channels)
+
+
+_ZOO: dict[str, Callable[..., nn.Module]] = {"cnn4": cnn4, "resnet20": resnet20}
+
+
+def list_models() -> list[str]:
+    """Return the names that ``build_model`` takes after ``zoo:``.
+
+    >>> list_models()
+    ['cnn4', 'resnet20']
+    """
+    return sorted(_ZOO)
+
+
+def build_model(source: str, *, num_classes: int | None = None, in_channels: int | None = None) -> nn.Module:
+    """Return a model, not trained, from ``zoo:NAME``, ``torchvision:NAME`` or ``PATH/FILE.py:FACTORY``.
+
+    ``num_classes`` and ``in_channels`` are passed on where given; a factory in a file gets those that it has
+    parameters for. The file is run as a module with a private name, and must return an ``nn.Module``. Raises
+    ``ValueError`` for an unknown name, ``FileNotFoundError`` for a file that is not there.
+
+    >>> build_model("zoo:cnn4", num_classes=100).fc
+    Linear(in_features=256, out_features=100, bias=True)
+    """
+    wanted = {"num_classes": num_classes, "in_channels": in_channels}
+    given = {key: value for key, value in wanted.items() if value is not None}
+    _check_counts(**given)
+    place, _, name = source.rpartition(":")
+    if place == "zoo":
+        if name not in _ZOO:
+            raise ValueError(f"unknown model {source!r}: the zoo has {', '.join(list_models())}")
+        return _ZOO[name](**given)
+    if place == "torchvision":
+        return _from_torchvision(name, **given)
+    if place.endswith(".py") and name:
+        return _from_file(Path(place).expanduser(), name, given)
+    raise ValueError(
+        f"unknown model {source!r}: wanted zoo:NAME ({', '.join(list_models())}), torchvision:NAME "
+        "or PATH/FILE.py:FACTORY"
+    )
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copy the weights in the file ``path`` into ``model``, every one of them or none.
+
+    Reads ``.safetensors``, and what ``torch.save`` wrote of tensors only: a state dict, alone or under
+    ``state_dict``, ``model_state_dict`` or ``model``. The prefixes of DDP and ``torch.compile`` (``module.``,
+    ``_orig_mod.``) are taken off. Raises ``FileNotFoundError``, and ``ValueError`` for a damaged file, for
+    pickled objects, and for weights of another architecture.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {path}" + (": it is a folder" if path.is_dir() else ""))
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_checkpoint
+    own = model.state_dict(keep_vars=True)
+    state = _without_prefix(_state_dict_in(read(path), path), own)
+    _fill_tied(state, own)
+    before = {key: value.detach().clone() for key, value in own.items() if isinstance(value, Tensor)}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        with torch.no_grad():
+            for key, value in before.items():
+                own[key].copy_(value)
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}: {_misfit(state, before, error)}"
+        ) from error
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write the model's state dict to ``path``, a ``.safetensors`` file, at once or not at all.
+
+    Tensors that modules share are written once; ``load_weights`` gives them back to all.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_weights(cnn4(), f"{folder}/cnn4.safetensors")
+    ...     load_weights(cnn4(), f"{folder}/cnn4.safetensors")
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"weights are saved as safetensors: want a path that ends in .safetensors, got {path}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        safetensors.torch.save_model(model, str(partial))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# --- building -----------------------------------------------------------------------------------------------
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+
+
+def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
+    rest = (BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1))
+    return nn.Sequential(BasicBlock(in_channels, out_channels, stride), *rest)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def _from_torchvision(name: str, num_classes: int | None = None, in_channels: int | None = None) -> nn.Module:
+    from torchvision import models
+
+    if in_channels not in (None, 3):
+        raise ValueError(
+            f"torchvision:{name} takes images of 3 channels, got in_channels={in_channels}: "
+            "repeat the channel, or give a factory of your own as FILE.py:FACTORY"
+        )
+    known = models.list_models()
+    if name.lower() not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=4)
+        near = f"close to it are {', '.join(close)}; " if close else ""
+        raise ValueError(
+            f"unknown model 'torchvision:{name}': {near}torchvision.models.list_models() lists all"
+        )
+    accepted = inspect.signature(models.get_model_builder(name)).parameters
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in accepted:
+        options["weights_backbone"] = None  # its default is a download
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    try:
+        return models.get_model(name, **options)
+    except TypeError as error:
+        raise ValueError(f"torchvision:{name} can not be built with num_classes={num_classes}") from error
+
+
+def _from_file(path: Path, name: str, given: dict[str, int]) -> nn.Module:
+    if not path.is_file():
+        raise FileNotFoundError(f"no model file {path}")
+    module = _run_file(path)
+    factory = getattr(module, name, None)
+    if not _is_factory(factory):
+        own = [key for key, value in vars(module).items() if _is_factory(value) and not key.startswith("_")]
+        here = [key for key in own if getattr(vars(module)[key], "__module__", None) == module.__name__]
+        raise ValueError(f"{path} has no factory {name!r}: its callables are {', '.join(here) or 'none'}")
+    try:
+        model = factory(**{key: value for key, value in given.items() if _takes(factory, key)})
+    except Exception as error:
+        error.add_note(f"while building the model {path}:{name}")
+        raise
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{path}:{name} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _run_file(path: Path) -> ModuleType:
+    """Return the file as a module; its name is private, and is kept for pickle and torch.compile to find."""
+    text = path.read_bytes()
+    name = f"_tncompress_model_{hashlib.sha256(bytes(path.resolve()) + text).hexdigest()[:16]}"
+    if name not in sys.modules:
+        module = sys.modules[name] = ModuleType(name)
+        module.__file__ = str(path)
+        try:
+            exec(compile(text, str(path), "exec"), module.__dict__)
+        except BaseException as error:
+            del sys.modules[name]
+            error.add_note(f"while importing the model file {path}")
+            raise
+    return sys.modules[name]
+
+
+def _is_factory(value: object) -> TypeGuard[Callable[..., Any]]:
+    return callable(value) and not isinstance(value, nn.Module)
+
+
+def _takes(factory: Callable, parameter: str) -> bool:
+    try:
+        accepted = inspect.signature(factory).parameters.values()
+    except ValueError:  # some builtins tell nothing about themselves
+        return False
+    return any(
+        p.kind is p.VAR_KEYWORD
+        or (p.name == parameter and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        for p in accepted
+    )
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}): fetch or save it again"
+        ) from error
+
+
+def _read_checkpoint(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged pickle raises is open-ended
+        if isinstance(error, PermissionError | MemoryError):
+            raise
+        refused = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+        if refused and isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path} holds a pickled {refused[1]}, which could run any code and is not loaded: save "
+                "model.state_dict() instead, or use save_weights"
+            ) from error
+        raise ValueError(f"{path} is damaged, or no file of torch.save: fetch or save it again") from error
+
+
+def _state_dict_in(content: Any, path: Path) -> dict[str, Any]:
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path} holds a {type(content).__name__}, wanted a state dict (name -> tensor)")
+    return dict(content)
+
+
+def _without_prefix(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``state`` without the wrappers' prefixes that all its keys have and not all of the model's."""
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in own):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _fill_tied(state: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Add the names left out of ``state`` for tensors that it holds under another of the model's names."""
+    names: dict[int, list[str]] = {}
+    for key, value in own.items():
+        if isinstance(value, Tensor):
+            names.setdefault(id(value), []).append(key)
+    for same in names.values():
+        if present := [key for key in same if key in state]:
+            state.update({key: state[present[0]] for key in same if key not in state})
+
+
+def _misfit(state: Mapping[str, Any], own: Mapping[str, Tensor], error: RuntimeError) -> str:
+    def some(keys: list[str]) -> str:
+        return ", ".join(keys[:2]) + (", ..." if len(keys) > 2 else "")
+
+    found, parts = {key: getattr(value, "shape", None) for key, value in state.items()}, []
+    if missing := [key for key in own if key not in state]:
+        parts.append(f"{len(missing)} keys missing ({some(missing)})")
+    if unexpected := [key for key in state if key not in own]:
+        parts.append(f"{len(unexpected)} unexpected ({some(unexpected)})")
+    shapes = [
+        f"{key} {tuple(found[key] or ())} for {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and found[key] != value.shape
+    ]
+    if shapes:
+        parts.append(f"{len(shapes)} of another shape ({some(shapes)})")
+    return "; ".join(parts) or " ".join(str(error).split())
