@@ -11,15 +11,14 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
+from tncompress.weights import load_weights, save_weights
 from tncompress.zoo import (
     CNN4,
     CifarResNet,
     build_model,
     cnn4,
     list_models,
-    load_weights,
     resnet20,
-    save_weights,
 )
 
 

@@ -8,27 +8,40 @@
 True
 """
 
+from tncompress.calibrate import repair
+from tncompress.cuts import Cut
+from tncompress.export import export_onnx, load, save
+from tncompress.finetune import FinetuneConfig, History, finetune, train_
 from tncompress.formats import CP, MPS, SVD, Format, Tucker, register_format
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
+from tncompress.measure import evaluate
 from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
+from tncompress.report import Report, report
 from tncompress.spec import Energy, FixedRank, ParamsRatio, RelError, Rule, Settings, Spec
 from tncompress.surgery import compress, merge
+from tncompress.weights import load_weights, save_weights
 from tncompress.zoo import build_model
+
+__version__ = "0.1.0"
 
 __all__ = [
     "CP",
     "MPS",
     "SVD",
     "ConvGeometry",
+    "Cut",
     "Energy",
+    "FinetuneConfig",
     "FixedRank",
     "Format",
+    "History",
     "LayerPlan",
     "ParamsRatio",
     "Plan",
     "RelError",
+    "Report",
     "Rule",
     "Settings",
     "Skip",
@@ -37,7 +50,17 @@ __all__ = [
     "Tucker",
     "build_model",
     "compress",
+    "evaluate",
+    "export_onnx",
+    "finetune",
+    "load",
+    "load_weights",
     "make_plan",
     "merge",
     "register_format",
+    "repair",
+    "report",
+    "save",
+    "save_weights",
+    "train_",
 ]

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-GRAM_FLOOR = 1e-13
-"""Smallest eigenvalue of a Gram matrix, over the largest, at which singular vectors are still trusted."""
+GRAM_FLOOR = 1e-10
+"""Smallest eigenvalue of a Gram matrix, over the largest, at which it is still trusted: to about six digits."""
 
 
 def working_copy(tensor: Tensor) -> Tensor:
@@ -38,17 +38,15 @@ def svd(
     The eigenvectors of the Gram matrix of the short side are several times cheaper than a full SVD, but
     they lose singular values below about ``sqrt(GRAM_FLOOR)`` of the largest. Where there are such values
     the triangular factor of a QR decomposition is decomposed instead.
-    ``u @ svh`` equals ``matrix`` to machine precision, and ``u`` has orthonormal columns, on both ways.
+    ``u @ svh`` equals ``matrix`` to machine precision, and ``u`` has orthonormal columns, on both ways. (That
+    is why a tall matrix is first reduced to its triangular factor: left vectors that are got by dividing by
+    small singular values are not orthogonal.)
     """
     m, n = matrix.shape
     if m > n:
-        v, s, sut = _svd_wide(matrix.mT)
-        s_safe = torch.where(s > 0, s, torch.ones_like(s))
-        u = (sut / s_safe[:, None]).mT
-        if bool((s <= math.sqrt(GRAM_FLOOR) * s[:1]).any()):
-            u, triangle = torch.linalg.qr(sut.mT)
-            return u, s, triangle @ v.mT
-        return u, s, s[:, None] * v.mT
+        q, r = torch.linalg.qr(matrix)
+        u, s, svh = _svd_wide(r)
+        return q @ u, s, svh
     return _svd_wide(matrix)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Measurement, Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from tncompress.discovery import call_model, eval_mode
@@ -90,6 +90,7 @@ def latencies(models: Sequence[nn.Module], example_inputs: Any, *, seconds: floa
 
     About ``seconds`` are spent on each model, in ten rounds.
     """
+    Timer, Measurement = _benchmark_classes()  # noqa: N806
     timers, blocks = [], []
     for model in models:
         names = {"call_model": call_model, "model": model, "inputs": example_inputs}
@@ -110,6 +111,17 @@ def latencies(models: Sequence[nn.Module], example_inputs: Any, *, seconds: floa
             mode.__exit__(None, None, None)
     merged = [Measurement.merge(found)[0] for found in blocks]
     return [Latency(float(m.median), float(m.iqr), len(m.times)) for m in merged]
+
+
+def _benchmark_classes() -> tuple[Any, Any]:
+    """Import torch's benchmark tools without the word that they log where CUDA is built for but absent."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    before, logger.disabled = logger.disabled, True
+    try:
+        from torch.utils.benchmark import Measurement, Timer
+    finally:
+        logger.disabled = before
+    return Timer, Measurement
 
 
 def peak_memory(model: nn.Module, example_inputs: Any) -> int:

@@ -203,7 +203,7 @@ class Spec(BaseModel):
         if isinstance(value, Spec):
             return value
         if isinstance(value, str | Path):
-            return cls._checked(_read(Path(value)), f"spec {value}")
+            return cls._checked(read_settings(Path(value), "spec"), f"spec {value}")
         if not isinstance(value, Mapping):
             raise TypeError(f"a spec is a Spec, a mapping or a path to a file, got {type(value).__name__}")
         return cls._checked(value, "spec")
@@ -267,18 +267,19 @@ def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     return list(model.model_fields)
 
 
-def _read(path: Path) -> Any:
+def read_settings(path: Path, what: str) -> Any:
+    """Return what a JSON, YAML or TOML file holds; ``what`` names it in errors, which are one line."""
+    readers = {".json": json.loads, ".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+    if path.suffix not in readers:
+        raise ValueError(f"a {what} file ends in {', '.join(readers)}, got {path.name}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no spec file {path}") from None
+        raise FileNotFoundError(f"there is no {what} file {path}") from None
     except (UnicodeDecodeError, IsADirectoryError):
-        raise ValueError(f"spec {path} is not a text file") from None
-    readers = {".json": json.loads, ".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
-    if path.suffix not in readers:
-        raise ValueError(f"a spec file ends in {', '.join(readers)}, got {path.name}")
+        raise ValueError(f"{what} {path} is not a text file") from None
     try:
         return readers[path.suffix](text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"spec {path} is not valid {path.suffix[1:].upper()}: {reason}") from None
+        raise ValueError(f"{what} {path} is not valid {path.suffix[1:].upper()}: {reason}") from None

@@ -34,6 +34,15 @@ def ratio(before: float | None, after: float | None) -> str:
     return f"{before / after:.2f}x"
 
 
+def change(before: float, after: float, less: str, more: str) -> str:
+    """Return how much ``after`` differs from ``before``, as a factor above 1 with the word for its direction.
+
+    >>> change(8, 2, "faster", "slower"), change(2, 8, "faster", "slower")
+    ('4.00x faster', '4.00x slower')
+    """
+    return f"{ratio(before, after)} {less}" if after <= before else f"{ratio(after, before)} {more}"
+
+
 def render(renderable: Any, width: int = 140) -> str:
     """Return a rich renderable as plain text."""
     from rich.console import Console

@@ -1,20 +1,14 @@
-"""Models by name, and their weights: small CNNs, torchvision's models, factories in a file."""
+"""Models by name: small CNNs, torchvision's models, factories in a file."""
 
 import difflib
 import hashlib
 import inspect
-import pickle
-import re
 import sys
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeGuard
 
-import safetensors
-import safetensors.torch
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,9 +19,7 @@ __all__ = [
     "build_model",
     "cnn4",
     "list_models",
-    "load_weights",
     "resnet20",
-    "save_weights",
 ]
 
 
@@ -114,8 +106,9 @@ class CifarResNet(nn.Module):
 def cnn4(num_classes: int = 10, in_channels: int = 1) -> CNN4:
     """Return the plain four-layer CNN, with random weights.
 
-    >>> cnn4()(torch.zeros(2, 1, 28, 28)).shape
-    torch.Size([2, 10])
+    >>> import torch
+    >>> cnn4(num_classes=7)(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 7])
     """
     return CNN4(num_classes, in_channels)
 
@@ -163,57 +156,6 @@ def build_model(source: str, *, num_classes: int | None = None, in_channels: int
         f"unknown model {source!r}: wanted zoo:NAME ({', '.join(list_models())}), torchvision:NAME "
         "or PATH/FILE.py:FACTORY"
     )
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Copy the weights in the file ``path`` into ``model``, every one of them or none.
-
-    Reads ``.safetensors``, and what ``torch.save`` wrote of tensors only: a state dict, alone or under
-    ``state_dict``, ``model_state_dict`` or ``model``. The prefixes of DDP and ``torch.compile`` (``module.``,
-    ``_orig_mod.``) are taken off. Raises ``FileNotFoundError``, and ``ValueError`` for a damaged file, for
-    pickled objects, and for weights of another architecture.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}" + (": it is a folder" if path.is_dir() else ""))
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_checkpoint
-    own = model.state_dict(keep_vars=True)
-    state = _without_prefix(_state_dict_in(read(path), path), own)
-    _fill_tied(state, own)
-    before = {key: value.detach().clone() for key, value in own.items() if isinstance(value, Tensor)}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        with torch.no_grad():
-            for key, value in before.items():
-                own[key].copy_(value)
-        raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {_misfit(state, before, error)}"
-        ) from error
-
-
-def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write the model's state dict to ``path``, a ``.safetensors`` file, at once or not at all.
-
-    Tensors that modules share are written once; ``load_weights`` gives them back to all.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_weights(cnn4(), f"{folder}/cnn4.safetensors")
-    ...     load_weights(cnn4(), f"{folder}/cnn4.safetensors")
-    """
-    path = Path(path).expanduser()
-    if path.suffix != ".safetensors":
-        raise ValueError(
-            f"weights are saved as safetensors: want a path that ends in .safetensors, got {path}"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        safetensors.torch.save_model(model, str(partial))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --- building -----------------------------------------------------------------------------------------------
@@ -310,78 +252,3 @@ def _takes(factory: Callable, parameter: str) -> bool:
         or (p.name == parameter and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
         for p in accepted
     )
-
-
-# --- weights ------------------------------------------------------------------------------------------------
-
-
-def _read_safetensors(path: Path) -> Any:
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}): fetch or save it again"
-        ) from error
-
-
-def _read_checkpoint(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged pickle raises is open-ended
-        if isinstance(error, PermissionError | MemoryError):
-            raise
-        refused = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
-        if refused and isinstance(error, pickle.UnpicklingError):
-            raise ValueError(
-                f"{path} holds a pickled {refused[1]}, which could run any code and is not loaded: save "
-                "model.state_dict() instead, or use save_weights"
-            ) from error
-        raise ValueError(f"{path} is damaged, or no file of torch.save: fetch or save it again") from error
-
-
-def _state_dict_in(content: Any, path: Path) -> dict[str, Any]:
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{path} holds a {type(content).__name__}, wanted a state dict (name -> tensor)")
-    return dict(content)
-
-
-def _without_prefix(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``state`` without the wrappers' prefixes that all its keys have and not all of the model's."""
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in own):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def _fill_tied(state: dict[str, Any], own: Mapping[str, Any]) -> None:
-    """Add the names left out of ``state`` for tensors that it holds under another of the model's names."""
-    names: dict[int, list[str]] = {}
-    for key, value in own.items():
-        if isinstance(value, Tensor):
-            names.setdefault(id(value), []).append(key)
-    for same in names.values():
-        if present := [key for key in same if key in state]:
-            state.update({key: state[present[0]] for key in same if key not in state})
-
-
-def _misfit(state: Mapping[str, Any], own: Mapping[str, Tensor], error: RuntimeError) -> str:
-    def some(keys: list[str]) -> str:
-        return ", ".join(keys[:2]) + (", ..." if len(keys) > 2 else "")
-
-    found, parts = {key: getattr(value, "shape", None) for key, value in state.items()}, []
-    if missing := [key for key in own if key not in state]:
-        parts.append(f"{len(missing)} keys missing ({some(missing)})")
-    if unexpected := [key for key in state if key not in own]:
-        parts.append(f"{len(unexpected)} unexpected ({some(unexpected)})")
-    shapes = [
-        f"{key} {tuple(found[key] or ())} for {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and found[key] != value.shape
-    ]
-    if shapes:
-        parts.append(f"{len(shapes)} of another shape ({some(shapes)})")
-    return "; ".join(parts) or " ".join(str(error).split())

@@ -1,0 +1,151 @@
+"""What the commands share: options, the way errors are told, and how a model is found."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+from tncompress.data import NAMES, DataSet, load_data
+from tncompress.discovery import find_layers
+from tncompress.weights import load_weights
+from tncompress.zoo import build_model
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="zoo:NAME, torchvision:NAME or FILE.py:FACTORY.", show_default=False)
+]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", help="Trained weights: .safetensors, or a checkpoint of tensors.")
+]
+SpecOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--spec", help="What to compress and how: .yaml, .toml or .json. Default: MPS at a quarter."
+    ),
+]
+DataOption = Annotated[str, typer.Option("--data", help=f"One of {', '.join(NAMES)}.", show_default=False)]
+MaybeDataOption = Annotated[str | None, typer.Option("--data", help=f"One of {', '.join(NAMES)}.")]
+DataDirOption = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where the data lie, beside the usual places.")
+]
+InputOption = Annotated[
+    str | None, typer.Option("--input", help="Shape of one input for MACs and latency, such as 3x224x224.")
+]
+OutOption = Annotated[Path, typer.Option("--out", help="A new folder for the result.", show_default=False)]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of shuffling, augmentation and dropout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there already.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
+
+
+def say(words: str) -> None:
+    """Print a line of progress on standard error."""
+    Console(stderr=True, highlight=False).print(words, soft_wrap=True)
+
+
+def show(value: Any, *, as_json: bool) -> None:
+    """Print a result on standard output: as JSON, or as its table."""
+    if as_json:
+        sys.stdout.write(json.dumps(value.to_dict() if hasattr(value, "to_dict") else value, indent=1) + "\n")
+        return
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    console.print(value)
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Return ``command`` with errors told in one line and exit code 1; ``--debug`` shows the traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        try:
+            command(*args, debug=debug, **kwargs)
+        except KeyboardInterrupt:
+            say("interrupted; nothing was written")
+            raise typer.Exit(130) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            lines = [str(error) or type(error).__name__, *getattr(error, "__notes__", [])]
+            text = " ".join(" ".join(lines).split())
+            if not isinstance(error, USER_ERRORS):
+                text = f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+            sys.stderr.write(f"error: {text}\n")
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that ``--device`` names; one that is not there is a ``ValueError``."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split(". ")[0].split())
+        raise ValueError(f"device {name!r} is not to be had here: {reason}") from None
+    return device
+
+
+def open_data(name: str | None, data_dir: Path | None) -> DataSet | None:
+    """Return the data set, or None where none is named."""
+    return load_data(name, data_dir=data_dir) if name is not None else None
+
+
+def open_model(model: str, weights: Path | None, data: DataSet | None) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the dense model in eval mode, and its source: the arguments that build it again."""
+    source: dict[str, Any] = {"source": model}
+    if data is not None:
+        source["num_classes"] = data.num_classes
+        if not model.startswith("torchvision:"):
+            source["in_channels"] = data.input_shape[0]
+    built = build_model(**source)
+    if weights is not None:
+        load_weights(built, weights)
+        source["weights"] = str(weights.resolve())
+    return built.eval(), source
+
+
+def example_for(model: nn.Module, shape: str | None, data: DataSet | None, batch: int = 1) -> Tensor | None:
+    """Return inputs: of the shape asked for, of the data, or of an image size that suits the model's kind.
+
+    None where the last is a mere guess that the model does not take.
+    """
+    if shape is not None:
+        try:
+            sizes = [int(part) for part in shape.lower().split("x")]
+        except ValueError:
+            sizes = []
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"--input is a shape such as 3x224x224, got {shape!r}")
+        return torch.randn(batch, *sizes)
+    if data is not None:
+        return data.example_input(batch)
+    first = next((layer.module for layer in find_layers(model) if hasattr(layer.module, "in_channels")), None)
+    if not isinstance(first, nn.Conv2d):
+        return None
+    side = 224 if type(model).__module__.startswith("torchvision.") else 32
+    guess = torch.randn(batch, first.in_channels, side, side)
+    try:
+        with torch.no_grad():
+            model(guess)
+    except Exception:  # a guess that does not fit is no error of the user's
+        return None
+    return guess
