@@ -1,17 +1,19 @@
 """From a rank policy to the ranks of one layer, for any format alike.
 
-A format with spectra is grown bond by bond from its smallest ranks: the next step is the one that adds the
-most to the logarithm of the kept weight per parameter added. (Weights kept across several cuts multiply,
-roughly; adding the discarded ones up instead would starve one bond to fill another.) The sum of the tails
-bounds the squared error, so a policy on the error is kept for certain. A format without spectra (CP) is
-fitted at several ranks instead.
+Candidates lie on a path from the smallest ranks to the full ones. On it every bond discards about the same
+weight: a bound on the discarded weight is lowered step by step, and each bond takes the smallest rank that
+keeps it. Parameters grow along the path and the error falls, so a policy is met by bisection. The sum of
+the tails bounds the squared error, so a policy on the error is kept for certain. A format without spectra
+(CP) has its ranks themselves as the path, and is fitted where the error must be known.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -21,18 +23,12 @@ from tncompress.spec import Energy, FixedRank, ParamsRatio, RankPolicy, RelError
 
 Ranks = tuple[int, ...]
 
+SHORT = 9
+"""The largest full rank of a bond that counts as short: 3x3 kernels and their like."""
+
 
 class NoRanks(Exception):  # noqa: N818 - a verdict on a layer, which the plan turns into a Skip
     """No ranks satisfy the policy within the size that is allowed; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """Ranks on the way from the smallest to the largest, with a bound on their squared relative error."""
-
-    ranks: Ranks
-    params: int
-    bound: float
 
 
 def choose(kernel: Tensor, settings: Settings, *, allow_larger: bool = False) -> tuple[Ranks, Fit]:
@@ -45,14 +41,34 @@ def choose(kernel: Tensor, settings: Settings, *, allow_larger: bool = False) ->
     limit = math.inf if allow_larger else kernel.numel() - 1
     if isinstance(policy, FixedRank):
         ranks = _fixed(format, kernel, policy)
-    elif isinstance(policy, ParamsRatio):
-        ranks = _largest_within(format, kernel, settings, min(limit, policy.ratio * kernel.numel()))
-    else:
-        return _smallest_reaching(format, kernel, settings, limit, _allowed_error(policy))
-    params = format.num_params(tuple(kernel.shape), ranks)
-    if params > limit:
-        raise NoRanks(f"{format} at ranks {ranks} would hold {params:,} parameters, dense {kernel.numel():,}")
-    return ranks, format.fit(kernel, ranks)
+        params = format.num_params(tuple(kernel.shape), ranks)
+        if params > limit:
+            raise NoRanks(f"{format} at ranks {ranks} would hold {params:,} parameters, dense {kernel.numel():,}")
+        return ranks, format.fit(kernel, ranks)
+    paths = RankPath(kernel, settings).with_variants()
+    if isinstance(policy, ParamsRatio):
+        within = min(limit, policy.ratio * kernel.numel())
+        return _best([partial(path.largest_within, within) for path in paths], lambda ranks, fit: fit.rel_error)
+    error = _allowed_error(policy)
+    return _best(
+        [partial(path.smallest_reaching, error, limit) for path in paths],
+        lambda ranks, fit: format.num_params(tuple(kernel.shape), ranks),
+    )
+
+
+def _best(
+    attempts: list[Callable[[], tuple[Ranks, Fit]]], cost: Callable[[Ranks, Fit], float]
+) -> tuple[Ranks, Fit]:
+    """Return the result of lowest cost among the attempts that have one; the first one's verdict if none has."""
+    found, verdicts = [], []
+    for attempt in attempts:
+        try:
+            found.append(attempt())
+        except NoRanks as verdict:
+            verdicts.append(verdict)
+    if not found:
+        raise verdicts[0]
+    return min(found, key=lambda result: cost(*result))
 
 
 def _allowed_error(policy: RankPolicy) -> float:
@@ -70,101 +86,99 @@ def _fixed(format: Format, kernel: Tensor, policy: FixedRank) -> Ranks:
     return format.feasible(shape, format.check_ranks(shape, asked))
 
 
-def _largest_within(format: Format, kernel: Tensor, settings: Settings, limit: float) -> Ranks:
-    """Return the ranks at the end of the path that stays within ``limit`` parameters."""
-    last = None
-    for last in rank_path(format, kernel, settings, limit):
-        pass
-    if last is None:
-        least = _grids(format, tuple(kernel.shape), settings)
-        ranks = tuple(grid[0] for grid in least)
-        need = format.num_params(tuple(kernel.shape), ranks)
-        raise NoRanks(f"the smallest ranks {ranks} of {format} hold {need:,} parameters, allowed {int(limit):,}")
-    return last.ranks
+class RankPath:
+    """The candidate ranks for one kernel, numbered from the smallest to the full ones."""
 
-
-def _smallest_reaching(
-    format: Format, kernel: Tensor, settings: Settings, limit: float, error: float
-) -> tuple[Ranks, Fit]:
-    """Return the fewest parameters on the path whose relative error is at most ``error``."""
-    path = list(rank_path(format, kernel, settings, limit, until=error**2))
-    if path and path[-1].bound <= error**2:
-        return path[-1].ranks, format.fit(kernel, path[-1].ranks)
-    fits: dict[Ranks, Fit] = {}
-
-    def reaches(step: Step) -> bool:
-        fits[step.ranks] = format.fit(kernel, step.ranks)
-        return fits[step.ranks].rel_error <= error
-
-    found = _first(path, reaches) if path else None
-    if found is None:
-        raise NoRanks(f"{format} needs as many parameters as the dense kernel for an error of {error:.3g}")
-    return found.ranks, fits[found.ranks]
-
-
-def _first(path: list[Step], good: Callable[[Step], bool]) -> Step | None:
-    """Return the first good step of ``path`` by bisection, good steps coming last."""
-    if not good(path[-1]):
-        return None
-    low, high = 0, len(path) - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if good(path[middle]) else (middle + 1, high)
-    return path[high]
-
-
-def rank_path(
-    format: Format, kernel: Tensor, settings: Settings, limit: float, until: float = 0.0
-) -> Iterator[Step]:
-    """Yield steps of growing ranks, from the smallest, within ``limit`` parameters.
-
-    The path ends where nothing fits any more, or where the bound on the squared error reaches ``until``.
-    Formats without spectra have an infinite bound until they are full.
-    """
-    shape = tuple(kernel.shape)
-    grids, params_of = _grids(format, shape, settings), _params_function(format, shape)
-    spectra = format.spectra(kernel)
-    tails = [tail_energies(s).tolist() for s in spectra] if spectra else None
-    total = tails[0][0] or 1.0 if tails else 1.0
-    log_kept = [[math.log(max(1 - t / total, 1e-30)) for t in tail] for tail in tails] if tails else None
-    places = [0] * len(grids)
-    ranks = tuple(grid[0] for grid in grids)
-    params = params_of(ranks)
-
-    def bound(ranks: Ranks) -> float:
-        if tails is None:
-            return math.inf
-        return sum(tail[rank] for tail, rank in zip(tails, ranks, strict=True)) / total
-
-    while params <= limit:
-        step = Step(ranks, params, bound(ranks))
-        yield step
-        if step.bound <= until:
-            return
-        moves = []
-        for i, grid in enumerate(grids):
-            if places[i] + 1 < len(grid):
-                grown = (*ranks[:i], grid[places[i] + 1], *ranks[i + 1 :])
-                cost = params_of(grown)
-                gain = log_kept[i][grown[i]] - log_kept[i][ranks[i]] if log_kept else 1.0
-                moves.append((gain / max(cost - params, 1), -i, grown, cost))
-        moves.sort(reverse=True)
-        for _, i, grown, cost in moves:
-            if cost <= limit and format.feasible(shape, grown) == grown:
-                places[-i] += 1
-                ranks, params = grown, cost
-                break
+    def __init__(self, kernel: Tensor, settings: Settings) -> None:
+        self.kernel, self.format, self.shape = kernel, settings.format, tuple(kernel.shape)
+        self.params = _params_function(self.format, self.shape)
+        self.grids = [_grid(top, settings) for top in self.format.max_ranks(self.shape)]
+        spectra = self.format.spectra(kernel)
+        self.tails = [tail_energies(s).tolist() for s in spectra] if spectra is not None else None
+        if self.tails is None:
+            self.levels = list(range(len(self.grids[0])))
         else:
-            return
+            discarded = {t[rank] for t, grid in zip(self.tails, self.grids, strict=True) for rank in grid}
+            self.levels = sorted(discarded, reverse=True)  # type: ignore[assignment]
+
+    def with_variants(self) -> list[RankPath]:
+        """Return this path, and one that leaves short bonds full where some bonds are short and others not.
+
+        A step on a short bond (those of spatial legs) is coarse: whether it pays is not seen from the tails.
+        """
+        short = [grid[-1] <= SHORT for grid in self.grids]
+        if self.tails is None or all(short) or not any(short):
+            return [self]
+        other = copy.copy(self)
+        other.grids = [grid[-1:] if s else grid for grid, s in zip(self.grids, short, strict=True)]
+        return [self, other]
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def __getitem__(self, index: int) -> Ranks:
+        level = self.levels[index]
+        if self.tails is None:
+            return tuple(grid[level] for grid in self.grids)
+        places = (
+            bisect_left(grid, -level, key=lambda rank, tail=tail: -tail[rank])
+            for grid, tail in zip(self.grids, self.tails, strict=True)
+        )
+        ranks = tuple(grid[min(i, len(grid) - 1)] for grid, i in zip(self.grids, places, strict=True))
+        return self.format.feasible(self.shape, ranks)
+
+    def largest_within(self, limit: float) -> tuple[Ranks, Fit]:
+        """Return the last ranks with at most ``limit`` parameters, the slack filled bond by bond, with the fit."""
+        index = bisect_right(range(len(self)), limit, key=lambda i: self.params(self[i])) - 1
+        if index < 0:
+            least = self[0]
+            raise NoRanks(
+                f"the smallest ranks {least} of {self.format} hold {self.params(least):,} parameters, "
+                f"allowed {int(limit):,}"
+            )
+        ranks = self._filled(self[index], limit)
+        return ranks, self.format.fit(self.kernel, ranks)
+
+    def smallest_reaching(self, error: float, limit: float) -> tuple[Ranks, Fit]:
+        """Return the first ranks whose relative error is at most ``error``, with the fit there."""
+        fits: dict[Ranks, Fit] = {}
+
+        def reaches(ranks: Ranks) -> bool:
+            if self.tails is not None:
+                total = self.tails[0][0] or 1.0
+                return sum(t[r] for t, r in zip(self.tails, ranks, strict=True)) <= error**2 * total
+            fits[ranks] = self.format.fit(self.kernel, ranks)
+            return fits[ranks].rel_error <= error
+
+        affordable = bisect_right(range(len(self)), limit, key=lambda i: self.params(self[i]))
+        index = bisect_left(range(affordable), True, key=lambda i: reaches(self[i]))
+        if index == affordable:
+            raise NoRanks(f"{self.format} needs the size of the dense kernel for a relative error of {error:.3g}")
+        ranks = self[index]
+        return ranks, fits.get(ranks) or self.format.fit(self.kernel, ranks)
+
+    def _filled(self, ranks: Ranks, limit: float) -> Ranks:
+        """Return ``ranks`` with single bonds raised, the most discarded weight per parameter first, while it fits."""
+        while self.tails is not None:
+            moves = []
+            for i, (grid, tail) in enumerate(zip(self.grids, self.tails, strict=True)):
+                place = bisect_right(grid, ranks[i])
+                if place < len(grid):
+                    raised = (*ranks[:i], grid[place], *ranks[i + 1 :])
+                    cost = self.params(raised)
+                    if cost <= limit and self.format.feasible(self.shape, raised) == raised:
+                        gain = tail[ranks[i]] - tail[raised[i]]
+                        moves.append((gain / (cost - self.params(ranks)), raised))
+            if not moves:
+                break
+            ranks = max(moves)[1]
+        return ranks
 
 
-def _grids(format: Format, shape: tuple[int, ...], settings: Settings) -> list[list[int]]:
-    """Return the ranks that each bond may take: multiples of ``round_to`` from ``min_rank`` on, and full."""
-    grids = []
-    for top in format.max_ranks(shape):
-        first = -(-settings.min_rank // settings.round_to) * settings.round_to
-        grids.append([*range(first, top, settings.round_to), top])
-    return grids
+def _grid(top: int, settings: Settings) -> list[int]:
+    """Return the ranks that a bond may take: multiples of ``round_to`` from ``min_rank`` on, and the full one."""
+    first = -(-settings.min_rank // settings.round_to) * settings.round_to
+    return [*range(first, top, settings.round_to), top]
 
 
 def _params_function(format: Format, shape: tuple[int, ...]) -> Callable[[Ranks], int]:
