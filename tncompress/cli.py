@@ -18,7 +18,7 @@ from tncompress.finetune import FinetuneConfig, train_
 from tncompress.measure import evaluate as measure_accuracy
 from tncompress.report import percent
 from tncompress.spec import read_settings
-from tncompress.storage import check_free, new_file
+from tncompress.storage import check_writable, new_file
 from tncompress.weights import save_weights
 
 app = typer.Typer(
@@ -178,7 +178,7 @@ def compress(
 
     Example: `tncompress compress --model zoo:cnn4 --data digits --weights dense.safetensors --spec spec.yaml --out small`
     """
-    check_free(out, marker=MANIFEST, overwrite=overwrite)
+    check_writable(out, marker=MANIFEST, overwrite=overwrite)
     images = cli.open_data(data, data_dir)
     dense, source = cli.open_model(model, weights, images)
     example = cli.example_for(dense, input_shape, images)
@@ -187,7 +187,7 @@ def compress(
     moved = example.to(where) if example is not None else None
     small = tnc.compress(dense.to(where), asked, example_inputs=moved, progress=not as_json)
     made: Any = small.tncompress_plan
-    tnc.save(small.cpu(), out, source=source, overwrite=overwrite)
+    tnc.save(small.cpu(), out, source=source, dense_weights=weights, overwrite=overwrite)
     cli.show(made, as_json=as_json)
     cli.say(f"saved in {out}")
 
@@ -212,13 +212,13 @@ def repair(
 
     Example: `tncompress repair small --data digits --out repaired`
     """
-    check_free(out, marker=MANIFEST, overwrite=overwrite)
+    check_writable(out, marker=MANIFEST, overwrite=overwrite)
     where, loaded = cli.pick_device(device), cli.load_data(data, data_dir=data_dir)
-    small, dense, source = _open(folder, model, weights, where)
+    small, dense, origin = _open(folder, model, weights, where)
     before = measure_accuracy(small, loaded.test_loader()).accuracy
     mended = tnc.repair(small, dense, loaded.calibration_loader(images, seed=seed))
     after = measure_accuracy(mended, loaded.test_loader()).accuracy
-    tnc.save(mended.cpu(), out, source=source, overwrite=overwrite)
+    tnc.save(mended.cpu(), out, **origin, overwrite=overwrite)
     cli.show({"accuracy_before": before, "accuracy": after, "saved": str(out)}, as_json=as_json)
 
 
@@ -246,10 +246,10 @@ def finetune(
 
     Example: `tncompress finetune small --data digits --epochs 3 --out tuned`
     """
-    check_free(out, marker=MANIFEST, overwrite=overwrite)
+    check_writable(out, marker=MANIFEST, overwrite=overwrite)
     settings = _training({}, config, epochs, seed)
     where, images = cli.pick_device(device), cli.load_data(data, data_dir=data_dir)
-    small, dense, source = _open(folder, model, weights, where)
+    small, dense, origin = _open(folder, model, weights, where)
     history = tnc.finetune(
         small,
         images.train_loader(seed=seed),
@@ -259,7 +259,7 @@ def finetune(
         control=control,
         progress=not as_json,
     )
-    tnc.save(history.model.cpu(), out, source=source, overwrite=overwrite)
+    tnc.save(history.model.cpu(), out, **origin, overwrite=overwrite)
     (out / "history.json").write_text(json.dumps(history.to_dict(), indent=1) + "\n")
     cli.show(history, as_json=as_json)
     cli.say(f"saved in {out}")
@@ -309,7 +309,7 @@ def report(
     if out is not None and out.suffix not in (".md", ".json"):
         raise ValueError(f"--out is a file that ends in .md or .json, got {out}")
     images, where = cli.open_data(data, data_dir), cli.pick_device(device)
-    small, dense, source = _open(folder, model, weights, where, need_weights=data is not None)
+    small, dense, _ = _open(folder, model, weights, where, need_weights=data is not None)
     example = cli.example_for(dense.cpu(), input_shape, images, batch)
     if example is None:
         raise ValueError("give the shape of an input with --input, such as 3x224x224, or --data")
@@ -375,18 +375,18 @@ def _training(defaults: dict[str, Any], config: Path | None, epochs: int | None,
 def _open(
     folder: Path, model: str | None, weights: Path | None, device: torch.device, *, need_weights: bool = True
 ) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
-    """Return the compressed model of ``folder``, the dense model it came from, and their source."""
+    """Return the compressed model of ``folder``, the dense one it came from, and what save records of that."""
     small = tnc.load(folder, model).to(device)
-    source = {**(read_manifest(folder)["source"] or {}), **({"source": model} if model else {})}
-    recorded = source.pop("weights", None)
+    manifest = read_manifest(folder)
+    source = {**(manifest["source"] or {}), **({"source": model} if model else {})}
+    recorded = manifest.get("dense_weights")
     path = weights or (Path(recorded) if recorded else None)
     if path is None and need_weights:
         raise ValueError(f"{folder} does not know the dense model's weights: give them with --weights")
     dense = tnc.build_model(**source).eval()
     if path is not None and (need_weights or path.exists()):
-        cli.load_weights(dense, path)
-        source["weights"] = str(path.resolve())
-    return small, dense.to(device), source
+        tnc.load_weights(dense, path)
+    return small, dense.to(device), {"source": source, "dense_weights": path}
 
 
 def main() -> None:

@@ -119,7 +119,6 @@ def open_model(model: str, weights: Path | None, data: DataSet | None) -> tuple[
     built = build_model(**source)
     if weights is not None:
         load_weights(built, weights)
-        source["weights"] = str(weights.resolve())
     return built.eval(), source
 
 

@@ -43,6 +43,9 @@ class DemoConfig:
     params_ratio: float = 0.25
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        ParamsRatio(self.params_ratio)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -153,7 +156,7 @@ def run_demo(
         demo = Demo(config, first.accuracy_dense, first.accuracy_control, *cost, tuple(x.shape), results)  # type: ignore[arg-type]
         best = FORMATS.index(demo.best.format)
         say(f"saving and exporting the best, {demo.best.format}")
-        _leave(folder, demo, data, dense, tuned[best].model, spec[demo.best.format])
+        _leave(folder, Path(out), demo, data, dense, tuned[best].model, spec[demo.best.format])
     return demo
 
 
@@ -217,10 +220,10 @@ def _compress_all(
     return tuned, rows  # type: ignore[return-value]
 
 
-def _leave(folder: Path, demo: Demo, data: DataSet, dense: nn.Module, best: nn.Module, spec: Spec) -> None:
+def _leave(folder: Path, out: Path, demo: Demo, data: DataSet, dense: nn.Module, best: nn.Module, spec: Spec) -> None:
     dense, best, x = dense.cpu(), best.cpu(), data.example_input()
     source = {"source": MODEL, "num_classes": data.num_classes, "in_channels": data.input_shape[0]}
-    save(best, folder / "model", source=source)
+    save(best, folder / "model", source=source, dense_weights=out / "dense.safetensors")
     save_weights(dense, folder / "dense.safetensors")
     export_onnx(best, folder / "model.onnx", x)
     spec.save(folder / "spec.yaml")

@@ -33,13 +33,15 @@ def save(
     directory: str | Path,
     *,
     source: Mapping[str, Any] | None = None,
+    dense_weights: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write ``small`` to a new ``directory``: ``model.safetensors`` and ``tncompress.json``.
 
     ``source`` says how the dense model is built: the arguments of :func:`tncompress.build_model`, such as
-    ``{"source": "zoo:cnn4", "num_classes": 10}``, with which :func:`load` needs no model. The folder appears
-    whole or not at all; one that exists is refused, or replaced with ``overwrite`` if it holds a saved model.
+    ``{"source": "zoo:cnn4", "num_classes": 10}``, with which :func:`load` needs no model; ``dense_weights``
+    where its weights lie, for a later comparison. The folder appears whole or not at all; one that exists is
+    refused, or replaced with ``overwrite`` if it holds a saved model.
     """
     with new_directory(directory, marker=MANIFEST, overwrite=overwrite) as folder:
         save_weights(small, folder / WEIGHTS)
@@ -48,6 +50,7 @@ def save(
             "format_version": FORMAT_VERSION,
             "class": type(small).__name__,
             "source": dict(source) if source else None,
+            "dense_weights": str(Path(dense_weights).expanduser().resolve()) if dense_weights else None,
             "sha256": _sha256(folder / WEIGHTS),
             "layers": [_describe(layer.names, layer.module) for layer in find_layers(small) if _is_tn(layer)],
             "plan": plan.to_dict() if plan is not None else None,

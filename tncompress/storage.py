@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -37,6 +37,25 @@ def new_directory(path: str | Path, *, marker: str, overwrite: bool = False) -> 
             fresh.rename(path)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def check_writable(path: str | Path, *, marker: str, overwrite: bool = False) -> None:
+    """Raise now what :func:`new_directory` would raise, before long work begins; leave nothing behind."""
+    path = Path(path).expanduser()
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        with new_directory(path, marker=marker, overwrite=overwrite):
+            raise _OnlyLooking
+    except _OnlyLooking:
+        pass
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+class _OnlyLooking(Exception):  # noqa: N818 - no error: it ends a trial before anything is kept
+    pass
 
 
 def check_free(path: Path, *, marker: str, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 
-def count(number: float | None) -> str:
+def count(number: int | float | None) -> str:
     """Return a count with three digits and a unit.
 
     >>> count(36_864), count(912), count(None)
@@ -23,7 +24,7 @@ def count(number: float | None) -> str:
     return f"{number:.0f}"
 
 
-def ratio(before: float | None, after: float | None) -> str:
+def ratio(before: int | float | None, after: int | float | None) -> str:
     """Return how many times smaller ``after`` is than ``before``.
 
     >>> ratio(8, 2), ratio(2, 8)
@@ -34,7 +35,7 @@ def ratio(before: float | None, after: float | None) -> str:
     return f"{before / after:.2f}x"
 
 
-def change(before: float, after: float, less: str, more: str) -> str:
+def change(before: int | float, after: int | float, less: str, more: str) -> str:
     """Return how much ``after`` differs from ``before``, as a factor above 1 with the word for its direction.
 
     >>> change(8, 2, "faster", "slower"), change(2, 8, "faster", "slower")
@@ -60,8 +61,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def watched(items: Sequence[_T], what: str, *, show: bool) -> Iterable[_T]:
-    """Return ``items``, with a progress bar on standard error while they are gone through if ``show``."""
-    if not show:
+    """Return ``items``, with a progress bar on standard error, if it is a terminal, while they are gone through."""
+    if not show or not sys.stderr.isatty():
         return items
     from rich.console import Console
     from rich.progress import track
@@ -71,8 +72,8 @@ def watched(items: Sequence[_T], what: str, *, show: bool) -> Iterable[_T]:
 
 @contextmanager
 def progress_bar(total: int, *, show: bool) -> Iterator[Callable[[str], None]]:
-    """Yield a function that advances a progress bar on standard error by one and changes its words."""
-    if not show:
+    """Yield a function that advances a progress bar, on a terminal, by one and changes its words."""
+    if not show or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.console import Console

@@ -1,0 +1,213 @@
+"""The command line: each verb on a small setting, and one clear line for each misuse."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tncompress as tnc
+from tncompress.cli import app
+from tncompress.data import load_data
+
+SPEC = "version: 1\ndefault: {format: tucker, rank: {params_ratio: 0.25}}\n"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(line, code=0):
+        result = CliRunner().invoke(app, line.split())
+        assert result.exit_code == code, result.output + result.stderr
+        return result
+
+    return call
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder with a spec, dense weights, and the model compressed from them."""
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    torch.manual_seed(0)
+    dense = tnc.build_model("zoo:cnn4").eval()
+    tnc.save_weights(dense, tmp_path / "dense.safetensors")
+    small = tnc.compress(dense, tmp_path / "spec.yaml")
+    source = {"source": "zoo:cnn4", "num_classes": 10, "in_channels": 1}
+    tnc.save(small, tmp_path / "small", source=source, dense_weights=tmp_path / "dense.safetensors")
+    return tmp_path
+
+
+def test_plan_shows_every_layer_and_changes_nothing(run, trained):
+    before = sorted(trained.iterdir())
+    text = run("plan --model zoo:cnn4 --weights dense.safetensors --spec spec.yaml --input 1x28x28").stdout
+    for name in ("conv1", "conv2", "conv3", "conv4", "fc", "stem", "classifier", "tucker"):
+        assert name in text
+    data = json.loads(run("plan --model zoo:cnn4 --spec spec.yaml --json").stdout)
+    assert [layer["names"] for layer in data["compressed"]] == [["conv2"], ["conv3"], ["conv4"]]
+    assert sorted(trained.iterdir()) == before
+
+
+def test_compress_evaluate_report_export(run, trained):
+    run("compress --model zoo:cnn4 --data digits --weights dense.safetensors --spec spec.yaml --out c")
+    found = json.loads(run("evaluate c --data digits --json").stdout)
+    assert 0 <= found["accuracy"] <= 1
+    assert found["images"] == 445
+    report = json.loads(run("report c --data digits --json --out r.md").stdout)
+    assert report["compressed"]["params"] < report["dense"]["params"]
+    assert "Measured on" in (trained / "r.md").read_text()
+    made = json.loads(run("export c --to onnx --data digits --json").stdout)
+    assert made["relative_difference"] < 1e-4
+    assert (trained / "c" / "model.onnx").stat().st_size > 1000
+
+
+def test_a_saved_plan_is_a_spec(run, trained):
+    run("plan --model zoo:cnn4 --weights dense.safetensors --spec spec.yaml --out plan.json")
+    run("compress --model zoo:cnn4 --weights dense.safetensors --spec plan.json --out c")
+    x = torch.randn(2, 1, 28, 28)
+    assert torch.equal(tnc.load(trained / "c")(x), tnc.load(trained / "small")(x))
+
+
+def test_repair_and_finetune(run, trained):
+    mended = json.loads(run("repair small --data digits --images 256 --out mended --json").stdout)
+    assert mended["accuracy"] >= 0
+    result = run("finetune small --data digits --epochs 1 --out tuned --json")
+    history = json.loads(result.stdout)
+    assert history["epochs"][0]["accuracy"] > history["accuracy_start"]
+    assert len(history["control"]) == 1
+    assert json.loads((trained / "tuned" / "history.json").read_text()) == history
+    assert json.loads(run("evaluate tuned --data digits --json").stdout)["accuracy"] == history["accuracy"]
+
+
+def test_finetune_takes_a_config_file(run, trained):
+    (trained / "c.toml").write_text("epochs = 1\nlr = 0.01\ndistill = 0.0\n")
+    history = json.loads(run("finetune small --data digits --config c.toml --no-control --out t --json").stdout)
+    assert history["config"]["lr"] == 0.01
+    assert history["control"] == []
+
+
+def test_train_writes_weights(run, tmp_path):
+    found = json.loads(run("train --model zoo:cnn4 --data digits --epochs 1 --out w.safetensors --json").stdout)
+    model = tnc.build_model("zoo:cnn4")
+    tnc.load_weights(model, tmp_path / "w.safetensors")
+    assert tnc.evaluate(model, load_data("digits").test_loader()).accuracy == found["accuracy"]
+
+
+FACTORY = """
+from torch import nn
+def make(num_classes=3):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(16, num_classes))
+"""
+
+
+def test_a_factory_in_a_file(run, trained):
+    (trained / "mine.py").write_text(FACTORY)
+    run("compress --model mine.py:make --spec spec.yaml --input 3x16x16 --out mine")
+    run("export mine --to onnx --input 3x16x16", code=1)
+    made = run("export mine --model mine.py:make --to onnx --input 3x16x16 --json")
+    assert json.loads(made.stdout)["relative_difference"] < 1e-4
+
+
+BASE = "plan --model zoo:cnn4"
+MISUSE = {
+    "unknown format": (f"{BASE} --spec bad_format.yaml", "unknown format 'spline'; the formats are cp, mps, svd, tucker"),
+    "misspelt key": (f"{BASE} --spec bad_key.yaml", "unknown key 'default.fromat'; the keys there are format"),
+    "rank 0": (f"{BASE} --spec rank0.yaml", "whole numbers from 1 on, got 0"),
+    "rank too high": (f"{BASE} --spec rank999.yaml", "layer 'conv2' with kernel (64, 32, 3, 3)"),
+    "pattern": (f"{BASE} --spec pattern.yaml", "'layer9.*' matches no layer; the layers are conv1"),
+    "broken yaml": (f"{BASE} --spec broken.yaml", "is not valid YAML"),
+    "no spec": (f"{BASE} --spec none.yaml", "there is no spec file none.yaml"),
+    "model": ("plan --model zoo:cnn5", "unknown model 'zoo:cnn5': the zoo has cnn4, resnet20"),
+    "model kind": ("plan --model cnn4", "wanted zoo:NAME"),
+    "torchvision model": ("plan --model torchvision:resnet51", "resnet50"),
+    "no weights": (f"{BASE} --weights none.safetensors", "no weights file none.safetensors"),
+    "short weights": (f"{BASE} --weights short.safetensors", "is not a whole safetensors file"),
+    "other weights": ("plan --model zoo:resnet20 --weights dense.safetensors", "does not fit CifarResNet"),
+    "nan": (f"{BASE} --weights nan.safetensors", "layer 'conv3' with kernel (128, 64, 3, 3) holds NaN or infinity"),
+    "data": (f"{BASE} --data mnist", "unknown data set 'mnist': the names are digits"),
+    "input": (f"{BASE} --input 3by4", "--input is a shape such as 3x224x224, got '3by4'"),
+    "device": ("compress --model zoo:cnn4 --out o --device tpu9", "device 'tpu9' is not to be had here"),
+    "folder in the way": ("compress --model zoo:cnn4 --out small", "already holds a result"),
+    "foreign folder": ("compress --model zoo:cnn4 --out foreign --overwrite", "holds other files"),
+    "file in the way": ("demo --out spec.yaml", "is a file"),
+    "unwritable": ("demo --out /proc/none/here", "can't be written"),
+    "unwritable save": ("compress --model zoo:cnn4 --out /proc/none/here", "can't be written"),
+    "no result": ("evaluate nothing --data digits", "holds no saved model"),
+    "export format": ("export small --to tflite", "unknown export format 'tflite'; the formats are onnx"),
+    "config": ("finetune small --data digits --config bad_config.yaml --out t", "unknown key 'epoch'; the keys there are epochs"),
+    "report suffix": ("report small --out r.html", ".md or .json, got r.html"),
+    "train suffix": ("train --model zoo:cnn4 --data digits --out w.pt", ".safetensors, got w.pt"),
+    "demo ratio": ("demo --epochs 1 --ratio 2", "params_ratio is a number above 0 and at most 1"),
+}
+
+
+@pytest.mark.parametrize("kind", MISUSE)
+def test_misuse_gets_one_line_and_changes_nothing(run, trained, kind):
+    bad = {
+        "bad_format.yaml": "default: {format: spline}",
+        "bad_key.yaml": "default: {fromat: mps}",
+        "rank0.yaml": "default: {rank: {fixed: 0}}",
+        "rank999.yaml": "default: {rank: {fixed: 999}}",
+        "pattern.yaml": "rules: [{pattern: 'layer9.*'}]",
+        "broken.yaml": "default: {format: [",
+        "bad_config.yaml": "epoch: 3",
+    }
+    for name, text in bad.items():
+        (trained / name).write_text(text)
+    whole = (trained / "dense.safetensors").read_bytes()
+    (trained / "short.safetensors").write_bytes(whole[: len(whole) // 2])
+    model = tnc.build_model("zoo:cnn4")
+    model.conv3.weight.data[0, 0, 0, 0] = float("nan")
+    tnc.save_weights(model, trained / "nan.safetensors")
+    (trained / "foreign").mkdir()
+    (trained / "foreign" / "thesis.tex").write_text("mine")
+    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+    line, words = MISUSE[kind]
+    result = run(line, code=1)
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+    assert result.stdout == ""
+    assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
+    assert not [p for p in trained.rglob(".*")]
+
+
+def test_debug_shows_the_traceback(trained):
+    line = [sys.executable, "-m", "tncompress", "plan", "--model", "zoo:none"]
+    plain = subprocess.run(line, capture_output=True, text=True)
+    debug = subprocess.run([*line, "--debug"], capture_output=True, text=True)
+    assert plain.returncode == debug.returncode == 1
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in debug.stderr
+
+
+def test_usage_errors_are_exit_code_2(run):
+    run("plan --modle zoo:cnn4", code=2)
+    run("compress --model zoo:cnn4", code=2)
+
+
+@pytest.mark.parametrize("verb", ["", *(command.name or command.callback.__name__ for command in app.registered_commands)])
+def test_help_teaches_by_example(run, verb):
+    text = run(f"{verb} --help").output
+    assert "tncompress" in text
+    if verb:
+        assert "Example" in text
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_what_it_names(run, tmp_path):
+    result = run("demo --epochs 2 --tune-epochs 1 --out d --json")
+    demo = json.loads(result.stdout)
+    for name in ("model/tncompress.json", "model.onnx", "report.md", "report.json", "spec.yaml", "dense.safetensors", "demo.md"):
+        assert (tmp_path / "d" / name).is_file()
+    assert [r["format"] for r in demo["results"]] == ["mps", "tucker", "cp"]
+    for r in demo["results"]:
+        assert r["conv_params"] <= 0.25 * demo["conv_params"]
+        assert r["tuned"] > 0.5
+    best = next(r for r in demo["results"] if r["format"] == demo["best"])
+    found = json.loads(run("evaluate d/model --data digits --json").stdout)
+    assert found["accuracy"] == best["tuned"]
+    run("demo --out d", code=1)
