@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from tncompress.cuts import legs_of
 from tncompress.formats.base import Fit, Format, Ranks, Shape, Stage, register_format
-from tncompress.linalg import svd, unfold, working_copy
+from tncompress.linalg import bond_scale, svd, unfold, working_copy
 
-SWEEPS, TOLERANCE, GOOD_ENOUGH = 200, 1e-5, 1e-7
-RIDGE_START, RIDGE_DECAY, RIDGE_FLOOR = 1e-2, 0.8, 1e-6
+SWEEPS, TOLERANCE, GOOD_ENOUGH = 120, 1e-5, 1e-7
+LARGE, SWEEPS_LARGE = 2**28, 30
+RIDGE_START, RIDGE_DECAY, RIDGE_FLOOR, SHRINK = 1e-2, 0.8, 1e-9, 1e-3
 RESTARTS, CHEAP = 8, 2**22
 
 
@@ -110,36 +112,57 @@ def cp_als(tensor: Tensor, rank: int) -> list[Float[Tensor, "rank _"]]:
 def _sweeps(work: Tensor, start: list[Tensor]) -> tuple[list[Tensor], float]:
     """Return the matrices after alternating least squares from ``start``, and their relative error.
 
-    The ridge pulls towards the previous matrix and decays: it keeps terms from growing against each other
-    before the fit has found its place, and does not bias the result. The two largest modes and the
-    product of the others are three blocks, so that a sweep costs two passes over the tensor.
+    Each sweep starts beyond the last one, on the line from the one before (Nesterov acceleration with
+    restarts, Mitchell, Ye and De Sterck 2020); where the error would rise, the step is taken back.
     """
-    a, b, *small = start
-    rank, sizes, flat = len(a), work.shape[2:], work.flatten(1)
+    flat = work.flatten(1)
     total = float(flat.double().square().sum())
-    error, ridge = math.inf, RIDGE_START
-    for _ in range(SWEEPS):
-        projected = (a @ flat).reshape(rank, work.shape[1], -1)
-        spread = _khatri_rao(small)
-        b = _solve(_gram(a) * _gram(spread), (projected * spread[:, None]).sum(2), ridge, b)
-        weights = (b[:, None] @ projected).reshape(rank, *sizes)
-        small = _solve_small(weights, _gram(a) * _gram(b), small, ridge)
-        spread = _khatri_rao(small)
-        target = (b[:, :, None] * spread[:, None]).flatten(1) @ flat.mT
-        gram = _gram(b) * _gram(spread)
-        a = _solve(gram, target, ridge, a)
-        before, error = error, _relative_error(total, a, target, gram)
-        a, b, *small = _balance([a, b, *small])
-        if error < GOOD_ENOUGH or (ridge <= RIDGE_FLOOR and before - error <= TOLERANCE * error):
+    limit = SWEEPS if work.numel() * len(start[0]) <= LARGE else SWEEPS_LARGE
+    best, error, ridge, streak = start, math.inf, RIDGE_START, 0
+    ahead = start
+    for _ in range(limit):
+        shrink = SHRINK * min(error, 1.0)
+        found, reached = _sweep(flat, work.shape, ahead, (ridge, shrink), total)
+        if reached > error and streak:
+            ahead, streak = best, 0
+            continue
+        streak += 1
+        momentum = (streak - 1) / (streak + 2)
+        ahead = [new + momentum * (new - old) for new, old in zip(found, best, strict=True)]
+        gain, best, error = error - reached, found, reached
+        if error < GOOD_ENOUGH or (ridge <= RIDGE_FLOOR and abs(gain) <= TOLERANCE * error):
             break
         ridge = max(ridge * RIDGE_DECAY, RIDGE_FLOOR)
-    return [a, b, *small], error
+    return best, error
+
+
+def _sweep(
+    flat: Tensor, shape: Sequence[int], matrices: list[Tensor], ridge: tuple[float, float], total: float
+) -> tuple[list[Tensor], float]:
+    """Return every matrix solved for in turn, and the relative error reached.
+
+    The first number of ``ridge`` pulls towards the previous matrix and steadies the first sweeps; the second
+    pulls towards zero, and keeps terms from growing against each other. It is given in proportion to the
+    error, so that an exact fit is not biased. The two largest modes and the product of the others are three
+    blocks: a sweep costs two passes over the tensor.
+    """
+    a, b, *small = matrices
+    projected = (a @ flat).reshape(len(a), shape[1], -1)
+    spread = _khatri_rao(small)
+    b = _solve(_gram(a) * _gram(spread), (projected * spread[:, None]).sum(2), ridge, b)
+    weights = (b[:, None] @ projected).reshape(len(a), *shape[2:])
+    small = _solve_small(weights, _gram(a) * _gram(b), small, ridge)
+    spread = _khatri_rao(small)
+    target = (b[:, :, None] * spread[:, None]).flatten(1) @ flat.mT
+    gram = _gram(b) * _gram(spread)
+    a = _solve(gram, target, ridge, a)
+    return _balance([a, b, *small]), _relative_error(total, a, target, gram)
 
 
 def _from_svd(matrix: Tensor, rank: int) -> list[Tensor]:
     u, s, svh = svd(matrix)
-    root = s[:rank].clamp_min(torch.finfo(s.dtype).tiny).sqrt()
-    return [(u[:, :rank] * root).mT, svh[:rank] / root[:, None]]
+    scale = bond_scale(s[:rank])
+    return [(u[:, :rank] * scale).mT, svh[:rank] / scale[:, None]]
 
 
 def _slice_start(work: Tensor, rank: int) -> list[Tensor]:
@@ -168,7 +191,7 @@ def _slice_start(work: Tensor, rank: int) -> list[Tensor]:
     return _balance([a, b, *small])
 
 
-def _solve_small(weights: Tensor, gram: Tensor, small: list[Tensor], ridge: float) -> list[Tensor]:
+def _solve_small(weights: Tensor, gram: Tensor, small: list[Tensor], ridge: tuple[float, float]) -> list[Tensor]:
     small = list(small)
     for m in range(len(small)):
         target, others = weights, gram
@@ -181,11 +204,13 @@ def _solve_small(weights: Tensor, gram: Tensor, small: list[Tensor], ridge: floa
     return small
 
 
-def _solve(gram: Tensor, target: Tensor, ridge: float, previous: Tensor) -> Tensor:
-    """Return the factor that solves ``gram @ x = target`` with a ridge towards ``previous``, in float64."""
+def _solve(gram: Tensor, target: Tensor, ridge: tuple[float, float], previous: Tensor) -> Tensor:
+    """Return the factor that solves ``gram @ x = target`` with ridges towards ``previous`` and zero, in float64."""
     gram, target = gram.double(), target.double()
-    weight = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    damped = gram + weight * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    steady, shrink = ridge
+    weight = steady * scale
+    damped = gram + (weight + shrink * scale) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     lower, failed = torch.linalg.cholesky_ex(damped)
     right = target + weight * previous
     solved = torch.linalg.lstsq(damped, right).solution if bool(failed) else torch.cholesky_solve(right, lower)
