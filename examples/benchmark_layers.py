@@ -54,7 +54,9 @@ def variants(channels_in, channels_out, ratio, peers):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ratio", type=float, default=0.25, help="parameters, compressed / dense")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each variant of each layer")
@@ -65,9 +67,7 @@ def main():
     for channels_in, channels_out, side in LAYERS:
         models = variants(channels_in, channels_out, options.ratio, not options.no_peers)
         x = torch.randn(options.batch, channels_in, side, side).to(memory_format=torch.channels_last)
-        found = dict(
-            zip(models, latencies(list(models.values()), x, seconds=options.seconds), strict=True)
-        )
+        found = dict(zip(models, latencies(list(models.values()), x, seconds=options.seconds), strict=True))
         row = [f"{channels_in}→{channels_out}, {side}x{side}"]
         for name, latency in found.items():
             faster = found["dense"].median / latency.median

@@ -83,13 +83,17 @@ def test_repair_and_finetune(run, trained):
 
 def test_finetune_takes_a_config_file(run, trained):
     (trained / "c.toml").write_text("epochs = 1\nlr = 0.01\ndistill = 0.0\n")
-    history = json.loads(run("finetune small --data digits --config c.toml --no-control --out t --json").stdout)
+    history = json.loads(
+        run("finetune small --data digits --config c.toml --no-control --out t --json").stdout
+    )
     assert history["config"]["lr"] == 0.01
     assert history["control"] == []
 
 
 def test_train_writes_weights(run, tmp_path):
-    found = json.loads(run("train --model zoo:cnn4 --data digits --epochs 1 --out w.safetensors --json").stdout)
+    found = json.loads(
+        run("train --model zoo:cnn4 --data digits --epochs 1 --out w.safetensors --json").stdout
+    )
     model = tnc.build_model("zoo:cnn4")
     tnc.load_weights(model, tmp_path / "w.safetensors")
     assert tnc.evaluate(model, load_data("digits").test_loader()).accuracy == found["accuracy"]
@@ -113,8 +117,14 @@ def test_a_factory_in_a_file(run, trained):
 
 BASE = "plan --model zoo:cnn4"
 MISUSE = {
-    "unknown format": (f"{BASE} --spec bad_format.yaml", "unknown format 'spline'; the formats are cp, mps, svd, tucker"),
-    "misspelt key": (f"{BASE} --spec bad_key.yaml", "unknown key 'default.fromat'; the keys there are format"),
+    "unknown format": (
+        f"{BASE} --spec bad_format.yaml",
+        "unknown format 'spline'; the formats are cp, mps, svd, tucker",
+    ),
+    "misspelt key": (
+        f"{BASE} --spec bad_key.yaml",
+        "unknown key 'default.fromat'; the keys there are format",
+    ),
     "rank 0": (f"{BASE} --spec rank0.yaml", "whole numbers from 1 on, got 0"),
     "rank too high": (f"{BASE} --spec rank999.yaml", "layer 'conv2' with kernel (64, 32, 3, 3)"),
     "pattern": (f"{BASE} --spec pattern.yaml", "'layer9.*' matches no layer; the layers are conv1"),
@@ -126,7 +136,10 @@ MISUSE = {
     "no weights": (f"{BASE} --weights none.safetensors", "no weights file none.safetensors"),
     "short weights": (f"{BASE} --weights short.safetensors", "is not a whole safetensors file"),
     "other weights": ("plan --model zoo:resnet20 --weights dense.safetensors", "does not fit CifarResNet"),
-    "nan": (f"{BASE} --weights nan.safetensors", "layer 'conv3' with kernel (128, 64, 3, 3) holds NaN or infinity"),
+    "nan": (
+        f"{BASE} --weights nan.safetensors",
+        "layer 'conv3' with kernel (128, 64, 3, 3) holds NaN or infinity",
+    ),
     "data": (f"{BASE} --data mnist", "unknown data set 'mnist': the names are digits"),
     "input": (f"{BASE} --input 3by4", "--input is a shape such as 3x224x224, got '3by4'"),
     "device": ("compress --model zoo:cnn4 --out o --device tpu9", "device 'tpu9' is not to be had here"),
@@ -137,7 +150,10 @@ MISUSE = {
     "unwritable save": ("compress --model zoo:cnn4 --out /proc/none/here", "can't be written"),
     "no result": ("evaluate nothing --data digits", "holds no saved model"),
     "export format": ("export small --to tflite", "unknown export format 'tflite'; the formats are onnx"),
-    "config": ("finetune small --data digits --config bad_config.yaml --out t", "unknown key 'epoch'; the keys there are epochs"),
+    "config": (
+        "finetune small --data digits --config bad_config.yaml --out t",
+        "unknown key 'epoch'; the keys there are epochs",
+    ),
     "report suffix": ("report small --out r.html", ".md or .json, got r.html"),
     "train suffix": ("train --model zoo:cnn4 --data digits --out w.pt", ".safetensors, got w.pt"),
     "demo ratio": ("demo --epochs 1 --ratio 2", "params_ratio is a number above 0 and at most 1"),
@@ -172,7 +188,7 @@ def test_misuse_gets_one_line_and_changes_nothing(run, trained, kind):
     assert words in result.stderr
     assert result.stdout == ""
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
-    assert not [p for p in trained.rglob(".*")]
+    assert not list(trained.rglob(".*"))
 
 
 def test_debug_shows_the_traceback(trained):
@@ -189,7 +205,9 @@ def test_usage_errors_are_exit_code_2(run):
     run("compress --model zoo:cnn4", code=2)
 
 
-@pytest.mark.parametrize("verb", ["", *(command.name or command.callback.__name__ for command in app.registered_commands)])
+@pytest.mark.parametrize(
+    "verb", ["", *(command.name or command.callback.__name__ for command in app.registered_commands)]
+)
 def test_help_teaches_by_example(run, verb):
     text = run(f"{verb} --help").output
     assert "tncompress" in text
@@ -201,7 +219,15 @@ def test_help_teaches_by_example(run, verb):
 def test_the_demo_leaves_what_it_names(run, tmp_path):
     result = run("demo --epochs 2 --tune-epochs 1 --out d --json")
     demo = json.loads(result.stdout)
-    for name in ("model/tncompress.json", "model.onnx", "report.md", "report.json", "spec.yaml", "dense.safetensors", "demo.md"):
+    for name in (
+        "model/tncompress.json",
+        "model.onnx",
+        "report.md",
+        "report.json",
+        "spec.yaml",
+        "dense.safetensors",
+        "demo.md",
+    ):
         assert (tmp_path / "d" / name).is_file()
     assert [r["format"] for r in demo["results"]] == ["mps", "tucker", "cp"]
     for r in demo["results"]:

@@ -80,7 +80,11 @@ def test_shared_modules_and_tied_weights_survive(tmp_path):
 def test_the_architecture_can_be_given(tmp_path, how):
     small = small_model()
     tnc.save(small, tmp_path / "m")
-    model = {"instance": tnc.build_model("zoo:cnn4"), "factory": lambda: tnc.build_model("zoo:cnn4"), "name": "zoo:cnn4"}[how]
+    model = {
+        "instance": tnc.build_model("zoo:cnn4"),
+        "factory": lambda: tnc.build_model("zoo:cnn4"),
+        "name": "zoo:cnn4",
+    }[how]
     x = torch.randn(2, 1, 28, 28)
     assert torch.equal(tnc.load(tmp_path / "m", model)(x), small(x))
     if how == "instance":

@@ -148,7 +148,9 @@ def plan(
     images = cli.open_data(data, data_dir)
     dense, _ = cli.open_model(model, weights, images)
     example = cli.example_for(dense, input_shape, images)
-    made = tnc.make_plan(dense, _spec(spec), example_inputs=example, progress=not as_json)
+    made = _spec(spec)
+    if isinstance(made, tnc.Spec):
+        made = tnc.make_plan(dense, made, example_inputs=example, progress=not as_json)
     if out is not None:
         with new_file(out, overwrite=overwrite) as fresh:
             made.save(fresh)
@@ -176,7 +178,7 @@ def compress(
 ) -> None:
     """Compress a model as the spec (or a saved plan) says, and save it in a new folder.
 
-    Example: `tncompress compress --model zoo:cnn4 --data digits --weights dense.safetensors --spec spec.yaml --out small`
+    Example: `tncompress compress --model zoo:cnn4 --weights dense.safetensors --spec spec.yaml --out small`
     """
     check_writable(out, marker=MANIFEST, overwrite=overwrite)
     images = cli.open_data(data, data_dir)
@@ -375,7 +377,7 @@ def _training(defaults: dict[str, Any], config: Path | None, epochs: int | None,
 def _open(
     folder: Path, model: str | None, weights: Path | None, device: torch.device, *, need_weights: bool = True
 ) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
-    """Return the compressed model of ``folder``, the dense one it came from, and what save records of that."""
+    """Return the compressed model of ``folder``, the dense one it is from, and what save records of it."""
     small = tnc.load(folder, model).to(device)
     manifest = read_manifest(folder)
     source = {**(manifest["source"] or {}), **({"source": model} if model else {})}

@@ -79,7 +79,7 @@ def run_chain(
 
 
 def dense_macs(geometry: ConvGeometry, lengths: Sequence[int], samples: int = 1) -> int:
-    """Return the multiply-accumulates of the dense layer on ``samples`` inputs of spatial size ``lengths``."""
+    """Return the multiply-accumulates of the dense layer on ``samples`` inputs of size ``lengths``."""
     outputs = [geometry.output_length(length, axis) for axis, length in enumerate(lengths)]
     return samples * math.prod(geometry.kernel_shape) * math.prod(outputs)
 
@@ -87,7 +87,7 @@ def dense_macs(geometry: ConvGeometry, lengths: Sequence[int], samples: int = 1)
 def chain_macs(
     geometry: ConvGeometry, stages: Sequence[Stage], lengths: Sequence[int], samples: int = 1
 ) -> int:
-    """Return the multiply-accumulates of the chain on ``samples`` inputs of spatial size ``lengths``."""
+    """Return the multiply-accumulates of the chain on ``samples`` inputs of size ``lengths``."""
     total, lengths = 0, list(lengths)
     for stage in stages:
         for axis in stage.axes:

@@ -35,7 +35,7 @@ LATENCY_BATCH = 64
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demo does. ``epochs`` train the dense model, ``tune_epochs`` each compressed one and the control."""
+    """What the demo does: ``epochs`` for the dense model, ``tune_epochs`` for each other and the control."""
 
     data: str = "digits"
     epochs: int = 10
@@ -82,7 +82,7 @@ class Demo:
     def rows(self) -> list[tuple[str, ...]]:
         """Return the rows of the table: the dense model, then each format."""
         dense, control = percent(self.dense), percent(self.control)
-        lines = [
+        lines: list[tuple[str, ...]] = [
             ("dense", dense, "", "", "", control, "", *self._cost(self.conv_params, self.macs, self.latency))
         ]
         for r in self.results:
@@ -180,15 +180,15 @@ def _train_dense(
 
 
 def _spec(config: DemoConfig, dense: nn.Module, format: str) -> Spec:
-    """Return a spec whose ratio makes up for the layers that stay dense: the ratio holds over all convolutions."""
-    draft = Spec(default=Settings(format=format, rank=ParamsRatio(config.params_ratio)))  # type: ignore[arg-type]
+    """Return a spec whose ratio makes up for the layers that stay dense: it holds over all convolutions."""
+    draft = Spec(default=Settings(format=format, rank=ParamsRatio(config.params_ratio)))
     layers = [layer for layer in make_plan(dense, draft).layers if layer.kind != "Linear"]
     total = sum(layer.params_dense for layer in layers)
     kept = sum(layer.params_dense for layer in layers if not hasattr(layer, "format"))
     left = (config.params_ratio * total - kept) / (total - kept)
     if left <= 0:
         raise ValueError(f"a ratio of {config.params_ratio} is less than the first convolution alone")
-    return Spec(default=Settings(format=format, rank=ParamsRatio(int(left * 1e4) / 1e4)))  # type: ignore[arg-type]
+    return Spec(default=Settings(format=format, rank=ParamsRatio(int(left * 1e4) / 1e4)))
 
 
 def _compress_all(
@@ -220,7 +220,9 @@ def _compress_all(
     return tuned, rows  # type: ignore[return-value]
 
 
-def _leave(folder: Path, out: Path, demo: Demo, data: DataSet, dense: nn.Module, best: nn.Module, spec: Spec) -> None:
+def _leave(
+    folder: Path, out: Path, demo: Demo, data: DataSet, dense: nn.Module, best: nn.Module, spec: Spec
+) -> None:
     dense, best, x = dense.cpu(), best.cpu(), data.example_input()
     source = {"source": MODEL, "num_classes": data.num_classes, "in_channels": data.input_shape[0]}
     save(best, folder / "model", source=source, dense_weights=out / "dense.safetensors")

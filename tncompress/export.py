@@ -52,7 +52,11 @@ def save(
             "source": dict(source) if source else None,
             "dense_weights": str(Path(dense_weights).expanduser().resolve()) if dense_weights else None,
             "sha256": _sha256(folder / WEIGHTS),
-            "layers": [_describe(layer.names, layer.module) for layer in find_layers(small) if _is_tn(layer)],
+            "layers": [
+                _describe(layer.names, layer.module)
+                for layer in find_layers(small)
+                if isinstance(layer.module, TNConv)
+            ],
             "plan": plan.to_dict() if plan is not None else None,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -62,8 +66,8 @@ def load(directory: str | Path, model: nn.Module | Callable[[], nn.Module] | str
     """Return the model that :func:`save` wrote to ``directory``, in eval mode on the CPU.
 
     ``model`` is the dense architecture: a module (which is copied), a function that returns one, or a name
-    for :func:`tncompress.build_model`. It can be left out for a model whose recorded source is in the zoo or in
-    torchvision; a recorded Python file is never run unasked. Damaged or foreign files are a ``ValueError``.
+    for :func:`tncompress.build_model`. It can be left out for a model whose recorded source is in the zoo or
+    in torchvision; a recorded Python file is never run unasked. Damaged files are a ``ValueError``.
     """
     folder = Path(directory).expanduser()
     manifest = read_manifest(folder)
@@ -153,10 +157,6 @@ def _onnx_error(path: Path, x: Tensor, wanted: Tensor) -> float:
     (output,) = session.run(None, {session.get_inputs()[0].name: x.cpu().numpy()})
     wanted = wanted.cpu()
     return float((torch.from_numpy(output) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
-
-
-def _is_tn(layer: Any) -> bool:
-    return isinstance(layer.module, TNConv)
 
 
 def _describe(names: tuple[str, ...], layer: TNConv) -> dict[str, Any]:

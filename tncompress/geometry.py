@@ -37,7 +37,7 @@ class ConvGeometry:
         return cls.shape_of(layer)
 
     @classmethod
-    def shape_of(cls, layer: nn.Module) -> ConvGeometry:
+    def shape_of(cls, layer: Any) -> ConvGeometry:
         """Return the geometry of a convolution as if it had one group."""
         return cls(
             layer.in_channels,
@@ -85,7 +85,7 @@ class ConvGeometry:
         """
         if self.ndim == 0:
             return nn.Linear(self.in_channels, self.out_channels, bias=bias, **factory)
-        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[self.ndim]
+        conv: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[self.ndim]
         even = all(before == after for before, after in self.padding)
         padding: Any = tuple(before for before, _ in self.padding) if even else "same"
         return conv(
@@ -108,4 +108,3 @@ def _padding_pairs(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[tuple[int,
         totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
     return tuple((pad, pad) for pad in layer.padding)  # type: ignore[misc]
-

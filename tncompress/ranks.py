@@ -43,12 +43,16 @@ def choose(kernel: Tensor, settings: Settings, *, allow_larger: bool = False) ->
         ranks = _fixed(format, kernel, policy)
         params = format.num_params(tuple(kernel.shape), ranks)
         if params > limit:
-            raise NoRanks(f"{format} at ranks {ranks} would hold {params:,} parameters, dense {kernel.numel():,}")
+            raise NoRanks(
+                f"{format} at ranks {ranks} would hold {params:,} parameters, dense {kernel.numel():,}"
+            )
         return ranks, format.fit(kernel, ranks)
     paths = RankPath(kernel, settings).with_variants()
     if isinstance(policy, ParamsRatio):
         within = min(limit, policy.ratio * kernel.numel())
-        return _best([partial(path.largest_within, within) for path in paths], lambda ranks, fit: fit.rel_error)
+        return _best(
+            [partial(path.largest_within, within) for path in paths], lambda ranks, fit: fit.rel_error
+        )
     error = _allowed_error(policy)
     return _best(
         [partial(path.smallest_reaching, error, limit) for path in paths],
@@ -59,7 +63,7 @@ def choose(kernel: Tensor, settings: Settings, *, allow_larger: bool = False) ->
 def _best(
     attempts: list[Callable[[], tuple[Ranks, Fit]]], cost: Callable[[Ranks, Fit], float]
 ) -> tuple[Ranks, Fit]:
-    """Return the result of lowest cost among the attempts that have one; the first one's verdict if none has."""
+    """Return the cheapest result of the attempts that have one; raise the first verdict if none has."""
     found, verdicts = [], []
     for attempt in attempts:
         try:
@@ -96,10 +100,10 @@ class RankPath:
         spectra = self.format.spectra(kernel)
         self.tails = [tail_energies(s).tolist() for s in spectra] if spectra is not None else None
         if self.tails is None:
-            self.levels = list(range(len(self.grids[0])))
+            self.levels: list[float] = [*range(len(self.grids[0]))]
         else:
             discarded = {t[rank] for t, grid in zip(self.tails, self.grids, strict=True) for rank in grid}
-            self.levels = sorted(discarded, reverse=True)  # type: ignore[assignment]
+            self.levels = sorted(discarded, reverse=True)
 
     def with_variants(self) -> list[RankPath]:
         """Return this path, and one that leaves short bonds full where some bonds are short and others not.
@@ -119,16 +123,15 @@ class RankPath:
     def __getitem__(self, index: int) -> Ranks:
         level = self.levels[index]
         if self.tails is None:
-            return tuple(grid[level] for grid in self.grids)
-        places = (
-            bisect_left(grid, -level, key=lambda rank, tail=tail: -tail[rank])
-            for grid, tail in zip(self.grids, self.tails, strict=True)
-        )
-        ranks = tuple(grid[min(i, len(grid) - 1)] for grid, i in zip(self.grids, places, strict=True))
-        return self.format.feasible(self.shape, ranks)
+            return tuple(grid[index] for grid in self.grids)
+        ranks = []
+        for grid, tail in zip(self.grids, self.tails, strict=True):
+            place = bisect_left([-tail[rank] for rank in grid], -level)
+            ranks.append(grid[min(place, len(grid) - 1)])
+        return self.format.feasible(self.shape, tuple(ranks))
 
     def largest_within(self, limit: float) -> tuple[Ranks, Fit]:
-        """Return the last ranks with at most ``limit`` parameters, the slack filled bond by bond, with the fit."""
+        """Return the last ranks with at most ``limit`` parameters, bonds raised to fill it, and the fit."""
         index = bisect_right(range(len(self)), limit, key=lambda i: self.params(self[i])) - 1
         if index < 0:
             least = self[0]
@@ -153,12 +156,14 @@ class RankPath:
         affordable = bisect_right(range(len(self)), limit, key=lambda i: self.params(self[i]))
         index = bisect_left(range(affordable), True, key=lambda i: reaches(self[i]))
         if index == affordable:
-            raise NoRanks(f"{self.format} needs the size of the dense kernel for a relative error of {error:.3g}")
+            raise NoRanks(
+                f"{self.format} needs the size of the dense kernel for a relative error of {error:.3g}"
+            )
         ranks = self[index]
         return ranks, fits.get(ranks) or self.format.fit(self.kernel, ranks)
 
     def _filled(self, ranks: Ranks, limit: float) -> Ranks:
-        """Return ``ranks`` with single bonds raised, the most discarded weight per parameter first, while it fits."""
+        """Return ``ranks`` with single bonds raised, the most weight per parameter first, while it fits."""
         while self.tails is not None:
             moves = []
             for i, (grid, tail) in enumerate(zip(self.grids, self.tails, strict=True)):
@@ -176,7 +181,7 @@ class RankPath:
 
 
 def _grid(top: int, settings: Settings) -> list[int]:
-    """Return the ranks that a bond may take: multiples of ``round_to`` from ``min_rank`` on, and the full one."""
+    """Return the ranks of a bond: multiples of ``round_to`` from ``min_rank`` on, and the full one."""
     first = -(-settings.min_rank // settings.round_to) * settings.round_to
     return [*range(first, top, settings.round_to), top]
 

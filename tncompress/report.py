@@ -121,21 +121,20 @@ def report(
     latency takes about ``seconds`` for each model.
     """
     times = latencies([dense, small], example_inputs, seconds=seconds)
-    figures = []
-    for model, latency in zip((dense, small), times, strict=True):
-        figures.append(
-            Figures(
-                accuracy=evaluate(model) if evaluate is not None else None,
-                params=num_params(model),
-                macs=macs(model, example_inputs),
-                bytes_on_disk=bytes_on_disk(model),
-                latency=latency,
-                peak_memory=peak_memory(model, example_inputs),
-            )
+    before, after = (
+        Figures(
+            accuracy=evaluate(model) if evaluate is not None else None,
+            params=num_params(model),
+            macs=macs(model, example_inputs),
+            bytes_on_disk=bytes_on_disk(model),
+            latency=latency,
+            peak_memory=peak_memory(model, example_inputs),
         )
+        for model, latency in zip((dense, small), times, strict=True)
+    )
     leaves = torch.utils._pytree.tree_leaves(example_inputs)
     shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
-    return Report(*figures, getattr(small, "tncompress_plan", None), shapes, environment())
+    return Report(before, after, getattr(small, "tncompress_plan", None), shapes, environment())
 
 
 def environment() -> dict[str, str | int]:

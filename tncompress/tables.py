@@ -36,7 +36,7 @@ def ratio(before: int | float | None, after: int | float | None) -> str:
 
 
 def change(before: int | float, after: int | float, less: str, more: str) -> str:
-    """Return how much ``after`` differs from ``before``, as a factor above 1 with the word for its direction.
+    """Return by which factor ``after`` differs from ``before``, with the word for its direction.
 
     >>> change(8, 2, "faster", "slower"), change(2, 8, "faster", "slower")
     ('4.00x faster', '4.00x slower')
@@ -61,7 +61,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def watched(items: Sequence[_T], what: str, *, show: bool) -> Iterable[_T]:
-    """Return ``items``, with a progress bar on standard error, if it is a terminal, while they are gone through."""
+    """Return ``items``; if standard error is a terminal, a bar there shows how far they are gone through."""
     if not show or not sys.stderr.isatty():
         return items
     from rich.console import Console
