@@ -50,7 +50,7 @@ class RankPolicy:
 class FixedRank(RankPolicy):
     """These ranks, one for each bond of the format; a single number stands for every bond."""
 
-    ranks: int | tuple[int, ...]
+    ranks: int | Sequence[int]
     tag: ClassVar[str] = "fixed"
 
     def __post_init__(self) -> None:
@@ -247,6 +247,10 @@ def matches_any(pattern: str, names: Sequence[str]) -> bool:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return the first problem of a validation error as one line that names the key and what is valid."""
+    return " ".join(_first_problem(error, model).split())
+
+
+def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     place = ".".join(str(part) for part in first["loc"]) or "top level"
@@ -280,6 +284,6 @@ def read_settings(path: Path, what: str) -> Any:
         raise ValueError(f"{what} {path} is not a text file") from None
     try:
         return readers[path.suffix](text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except Exception as error:  # PyYAML lets through what its constructors stumble over, such as a KeyError
         reason = " ".join(str(error).split())
         raise ValueError(f"{what} {path} is not valid {path.suffix[1:].upper()}: {reason}") from None

@@ -1,0 +1,177 @@
+"""Fine-tuning: what is trained, what is left alone, and what the history says."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tncompress as tnc
+from tncompress.data import load_data
+from tncompress.finetune import FinetuneConfig, parameter_groups, train_
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("digits")
+
+
+def tiny() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Flatten(),
+        nn.Linear(24 * 16, 10),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    model = tiny()
+    train_(model, data.train_loader(batch_size=64), {"epochs": 4, "lr": 0.1})
+    spec = {"default": {"format": "mps", "rank": {"params_ratio": 0.12}}}
+    return model, tnc.compress(model, spec)
+
+
+def state(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_lost_accuracy_comes_back(data, trained):
+    model, small = trained
+    before, of_teacher = state(small), state(model)
+    history = tnc.finetune(
+        small, data.train_loader(), {"epochs": 2}, teacher=model, val_loader=data.test_loader()
+    )
+    test = data.test_loader()
+    assert history.accuracy_start == tnc.evaluate(small, test).accuracy
+    assert history.accuracy_dense == tnc.evaluate(model, test).accuracy
+    assert history.accuracy == tnc.evaluate(history.model, test).accuracy
+    assert history.accuracy > history.accuracy_start + 0.05
+    lost = history.accuracy_dense - history.accuracy_start
+    assert history.recovery == pytest.approx((history.accuracy - history.accuracy_start) / lost)
+    to_control = history.accuracy_control - history.accuracy_start
+    assert history.recovery_of_control == pytest.approx(
+        (history.accuracy - history.accuracy_start) / to_control
+    )
+    assert len(history.epochs) == len(history.control) == 2
+    assert history.epochs[1].loss < history.epochs[0].loss
+    assert same(before, state(small))
+    assert same(of_teacher, state(model))
+    assert json.loads(str(history))["recovery"] == history.recovery
+
+
+def test_factors_are_what_is_trained(data, trained):
+    _, small = trained
+    history = tnc.finetune(small, data.train_loader(), {"epochs": 1})
+    for (name, old), (_, new) in zip(small.named_parameters(), history.model.named_parameters(), strict=True):
+        assert not torch.equal(old, new), name
+    assert isinstance(history.model[3], tnc.TNConv)
+    assert history.accuracy is history.recovery is history.accuracy_control is None
+
+
+def test_it_is_deterministic_and_leaves_the_global_generator_alone(data, trained):
+    model, small = trained
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = tnc.finetune(small, data.train_loader(seed=3), {"epochs": 1}, teacher=model, control=False)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(8)
+    second = tnc.finetune(small, data.train_loader(seed=3), {"epochs": 1}, teacher=model, control=False)
+    assert same(state(first.model), state(second.model))
+    other = tnc.finetune(
+        small, data.train_loader(seed=3), {"epochs": 1, "seed": 1}, teacher=model, control=False
+    )
+    assert not same(state(first.model), state(other.model))
+
+
+def test_a_control_can_be_taken_over(data, trained):
+    model, small = trained
+    test = data.test_loader()
+    first = tnc.finetune(small, data.train_loader(), {"epochs": 1}, teacher=model, val_loader=test)
+    second = tnc.finetune(
+        small, data.train_loader(), {"epochs": 1}, teacher=model, val_loader=test, control=first.control
+    )
+    assert second.control == first.control
+
+
+def test_distillation_follows_the_teacher(data, trained):
+    model, small = trained
+    x, _ = next(iter(data.test_loader()))
+
+    def gap(distill):
+        config = {"epochs": 1, "distill": distill}
+        tuned = tnc.finetune(small, data.train_loader(), config, teacher=model, control=False).model
+        with torch.no_grad():
+            return float((tuned(x).log_softmax(1) - model(x).log_softmax(1)).norm())
+
+    assert gap(4.0) < gap(0.0)
+
+
+def test_weight_decay_leaves_factors_biases_and_norms_alone(trained):
+    _, small = trained
+    decayed, free = (group["params"] for group in parameter_groups(small, 0.1))
+    assert {id(p) for p in decayed} == {id(small[0].weight), id(small[10].weight)}
+    assert len(decayed) + len(free) == len(list(small.parameters()))
+    small_frozen = copy.deepcopy(small)
+    small_frozen[0].weight.requires_grad_(False)
+    assert len(parameter_groups(small_frozen, 0.1)[0]["params"]) == 1
+
+
+def test_bf16_trains_too(data, trained):
+    _, small = trained
+    history = tnc.finetune(
+        small, data.train_loader(), {"epochs": 1, "mixed_precision": "bf16"}, val_loader=data.test_loader()
+    )
+    assert history.accuracy > history.accuracy_start
+    assert next(history.model.parameters()).dtype == torch.float32
+
+
+def test_a_loss_that_is_not_finite_stops(data, trained):
+    _, small = trained
+    before = state(small)
+    with pytest.raises(FloatingPointError, match=r"the loss became .* in epoch 1: try a learning rate below"):
+        tnc.finetune(small, data.train_loader(), {"epochs": 1, "lr": 1e30, "warmup": 0.0, "clip_norm": None})
+    assert same(before, state(small))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"epoch": 3}, "unknown key 'epoch'; the keys there are epochs, lr"),
+        ({"epochs": 0}, "epochs: input should be greater than or equal to 1, got 0"),
+        ({"lr": -1}, "lr: input should be greater than 0"),
+        ({"mixed_precision": "int8"}, "mixed_precision"),
+    ],
+)
+def test_a_wrong_config_is_one_line(data, trained, config, words):
+    with pytest.raises(ValueError, match="config: ") as caught:
+        tnc.finetune(trained[1], data.train_loader(), config)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_round_trips():
+    config = FinetuneConfig(epochs=7, lr=0.5)
+    assert FinetuneConfig.parse(config.model_dump()) == config
+    assert FinetuneConfig.parse(None) == FinetuneConfig()
+
+
+def test_a_loader_has_a_length_and_something_in_it(trained):
+    with pytest.raises(ValueError, match="empty loader"):
+        tnc.finetune(trained[1], [])
+    with pytest.raises(TypeError, match="a loader with a length"):
+        tnc.finetune(trained[1], iter([]))
