@@ -74,6 +74,13 @@ def test_the_lost_accuracy_comes_back(data, trained):
     assert json.loads(str(history))["recovery"] == history.recovery
 
 
+def test_repair_alone_brings_accuracy_back(data, trained):
+    model, small = trained
+    test = data.test_loader()
+    mended = tnc.repair(small, model, data.calibration_loader())
+    assert tnc.evaluate(mended, test).accuracy > tnc.evaluate(small, test).accuracy + 0.02
+
+
 def test_factors_are_what_is_trained(data, trained):
     _, small = trained
     history = tnc.finetune(small, data.train_loader(), {"epochs": 1})
