@@ -115,9 +115,9 @@ def spectrum(kernel: Tensor, cut: Cut) -> Float[Tensor, " k"]:
 def entropy(s: Float[Tensor, " k"]) -> float:
     """Return the correlation entropy -sum p log p with p = s**2 / sum s**2, in nats.
 
-    It is 0 for a product state across the cut and log(rank) for equal singular values.
+    It is 0 for a product state across the cut (and for a zero kernel), log(rank) for equal singular values.
     """
-    p = s.square() / s.square().sum()
+    p = s.square() / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)
     return float(torch.special.entr(p).sum())
 
 

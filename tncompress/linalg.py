@@ -19,8 +19,8 @@ GRAM_FLOOR = 1e-10
 
 
 def working_copy(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` detached and in float64, the precision in which kernels are decomposed."""
-    return tensor.detach().to(torch.float64)
+    """Return ``tensor`` detached, in float64 and contiguous: the same factors for the same numbers."""
+    return tensor.detach().to(torch.float64, memory_format=torch.contiguous_format)
 
 
 def unfold(tensor: Tensor, rows: Sequence[int]) -> Float[Tensor, "m n"]:

@@ -142,7 +142,8 @@ class Format(ABC):
     def check_ranks(self, shape: Shape, ranks: Sequence[int]) -> Ranks:
         """Return ``ranks`` as a tuple if the format can be given them, else raise ``ValueError``."""
         maximum = self.max_ranks(shape)
-        wanted = f"{self} on a kernel {shape} takes {len(maximum)} rank(s) of at most {maximum}, got {tuple(ranks)}"
+        takes = f"takes {len(maximum)} rank(s) of at most {maximum}"
+        wanted = f"{self} on a kernel {tuple(shape)} {takes}, got {tuple(ranks)}"
         if len(ranks) != len(maximum):
             raise ValueError(wanted)
         if any(not 1 <= rank <= top for rank, top in zip(ranks, maximum, strict=True)):

@@ -90,14 +90,15 @@ class CP(Format):
 def cp_als(tensor: Tensor, rank: int) -> list[Float[Tensor, "rank _"]]:
     """Return one matrix ``(rank, size)`` for each mode of ``tensor``, fitted by least squares in turns.
 
-    The first start is made of slices (:func:`_slice_start`); where a start is cheap, random ones follow and
-    the best fit is kept, since alternating least squares can end in a local minimum.
+    The first start is made of slices (:func:`_slice_start`), and is exact at the largest rank. Where a start
+    is cheap, random ones follow and the best fit is kept: least squares in turns can end in a local minimum.
     """
     if tensor.ndim == 2:
         return _from_svd(tensor, rank)
     order = sorted(range(tensor.ndim), key=lambda mode: -tensor.shape[mode])
     work = tensor.permute(order).contiguous()
-    best, error = _sweeps(work, _slice_start(work, rank))
+    start = _slice_start(work, rank)
+    best, error = (start, 0.0) if rank == work[0].numel() else _sweeps(work, start)
     generator = torch.Generator().manual_seed(0)
     for _ in range(RESTARTS if tensor.numel() * rank <= CHEAP else 0):
         if error < GOOD_ENOUGH:

@@ -22,7 +22,7 @@ class MPS(ChainFormat):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "order", " ".join(self.order.split()))
-        legs = parse_legs(self.order.replace("spatial", ""))
+        legs = parse_legs(self.order.replace("spatial", "kd kh kw"))
         if not {"in", "out"} <= set(legs) or "rest" in legs:
             raise ValueError(f"an MPS order names in and out, as in 'in kh kw out', got {self.order!r}")
 

@@ -1,0 +1,151 @@
+"""What all tests share: checked shapes, one seed, one thread, and the grids over which the laws hold.
+
+Shapes and types in the signatures of ``tncompress`` are enforced here and only here, by an import hook that
+has to be in place before anything imports the package.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from jaxtyping import config, install_import_hook
+from torch import nn
+
+install_import_hook("tncompress", "beartype.beartype")
+
+from tncompress.formats import CP, MPS, SVD, Format, Tucker  # noqa: E402 - after the hook
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tensors this small gain nothing from threads, and wait for them where the machine is busy."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers in every test, whichever tests ran before it."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Signatures as users have them, unchecked: for errors of our own on a wrong type, and for compilers."""
+    monkeypatch.setattr(config, "jaxtyping_disable", True)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A layer to be built, the shape of an input, and the shape of its kernel."""
+
+    make: Callable[..., nn.Module]
+    input_shape: tuple[int, ...]
+    kernel_shape: tuple[int, ...]
+
+    def layer(self, dtype=torch.float64) -> nn.Module:
+        return self.make(dtype=dtype)
+
+    def input(self, dtype=torch.float64) -> torch.Tensor:
+        return torch.randn(self.input_shape, dtype=dtype)
+
+
+def _conv(ndim, channels, kernel, lengths, *, batch=(2,), **options):
+    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[ndim]
+    kernel = (kernel,) * ndim if isinstance(kernel, int) else kernel
+
+    def make(dtype):
+        return conv(*channels, kernel, dtype=dtype, **options)
+
+    return Geometry(make, (*batch, channels[0], *lengths), (channels[1], channels[0], *kernel))
+
+
+def _linear(features, *, batch=(3,), **options):
+    return Geometry(
+        lambda dtype: nn.Linear(*features, dtype=dtype, **options), (*batch, features[0]), features[::-1]
+    )
+
+
+GEOMETRIES: dict[str, Geometry] = {
+    "linear": _linear((12, 10)),
+    "linear-nobias-4d": _linear((7, 12), batch=(2, 3, 2), bias=False),
+    "linear-unbatched": _linear((12, 7), batch=()),
+    "1d": _conv(1, (6, 8), 5, (12,), padding=2),
+    "1d-even-stride-nobias": _conv(1, (8, 6), 4, (13,), stride=2, padding=1, bias=False),
+    "1d-same-even-circular": _conv(1, (5, 7), 4, (9,), padding="same", padding_mode="circular"),
+    "1d-unbatched": _conv(1, (6, 8), 3, (12,), batch=()),
+    "2d": _conv(2, (6, 8), 3, (7, 9), padding=1),
+    "2d-nobias-valid": _conv(2, (8, 6), 3, (7, 6), padding="valid", bias=False),
+    "2d-stride": _conv(2, (6, 8), 3, (9, 8), stride=2, padding=1),
+    "2d-stride-anisotropic": _conv(2, (6, 8), (3, 2), (8, 9), stride=(3, 1), padding=(0, 2)),
+    "2d-same": _conv(2, (6, 8), (3, 5), (6, 7), padding="same"),
+    "2d-same-even": _conv(2, (6, 8), (4, 2), (6, 7), padding="same"),
+    "2d-same-even-dilated": _conv(2, (5, 7), (2, 4), (8, 9), padding="same", dilation=(3, 1)),
+    "2d-dilated": _conv(2, (6, 8), 3, (9, 11), padding=2, dilation=(1, 2)),
+    "2d-reflect": _conv(2, (6, 8), 3, (7, 8), padding=(1, 2), padding_mode="reflect", stride=(2, 1)),
+    "2d-reflect-same-even": _conv(2, (5, 6), (4, 3), (7, 8), padding="same", padding_mode="reflect"),
+    "2d-replicate": _conv(2, (6, 8), 3, (7, 8), padding=(3, 1), padding_mode="replicate", dilation=(2, 1)),
+    "2d-circular": _conv(2, (6, 8), 3, (7, 8), padding=(1, 2), padding_mode="circular", stride=(1, 2)),
+    "2d-1x1": _conv(2, (8, 10), 1, (5, 6)),
+    "2d-1x1-stride-padding": _conv(2, (8, 10), 1, (5, 6), stride=2, padding=1),
+    "2d-1x5": _conv(2, (6, 8), (1, 5), (6, 9), stride=(2, 2), padding=(1, 2), padding_mode="replicate"),
+    "2d-3x1": _conv(2, (8, 6), (3, 1), (7, 6), padding="same", dilation=(2, 5)),
+    "2d-one-in": _conv(2, (1, 9), 3, (7, 7), padding=1),
+    "2d-one-out": _conv(2, (9, 1), (3, 2), (7, 7), padding=1),
+    "2d-unbatched": _conv(2, (6, 8), 3, (7, 9), batch=(), stride=2, padding=1),
+    "2d-reflect-unbatched": _conv(2, (6, 8), 3, (7, 9), batch=(), padding=1, padding_mode="reflect"),
+    "3d": _conv(3, (4, 6), 3, (5, 4, 5), padding=1),
+    "3d-anisotropic": _conv(3, (5, 4), (2, 3, 1), (5, 7, 4), stride=(1, 2, 3), padding=(1, 0, 2), bias=False),
+    "3d-same-even-replicate": _conv(
+        3, (3, 5), (2, 3, 4), (5, 5, 6), padding="same", padding_mode="replicate"
+    ),
+    "3d-unbatched": _conv(3, (4, 5), (3, 1, 2), (4, 5, 4), batch=(), dilation=(1, 2, 2)),
+}
+"""Layers of every kind, by name; small, and with no two sizes alike where that could hide a mistake."""
+
+FORMATS: dict[str, Format] = {
+    "svd": SVD(),
+    "svd-in": SVD("in|rest"),
+    "svd-separable": SVD("out kw|in kh"),
+    "svd-kw": SVD("kw|rest"),
+    "svd-channels": SVD("out in|rest"),
+    "mps": MPS(),
+    "mps-out-first": MPS("out in spatial"),
+    "mps-spatial-first": MPS("spatial in out"),
+    "mps-mixed": MPS("kw in kd kh out"),
+    "mps-reversed": MPS("kh out kw kd in"),
+    "tucker": Tucker(),
+    "tucker-all": Tucker("all"),
+    "cp": CP(),
+    "cp-merged": CP(merged=True),
+}
+
+
+def applies(name: str, shape: tuple[int, ...]) -> bool:
+    """Say whether the format ``name`` of the grid can cut a kernel of this shape, in plain words."""
+    if name == "svd-separable":
+        return len(shape) < 5  # it says nothing of kd
+    if name == "svd-kw":
+        return len(shape) > 2 and shape[-1] > 1
+    if name == "svd-channels":
+        return any(size > 1 for size in shape[2:])
+    return True
+
+
+every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
+every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+
+
+def _pairs(wanted: bool):
+    pairs = [
+        pytest.param(format, geometry, id=f"{name}-{kind}")
+        for name, format in FORMATS.items()
+        for kind, geometry in GEOMETRIES.items()
+        if applies(name, geometry.kernel_shape) is wanted
+    ]
+    return pytest.mark.parametrize(("format", "geometry"), pairs)
+
+
+every_format_and_geometry = _pairs(True)
+every_misfit = _pairs(False)
