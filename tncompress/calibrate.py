@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tncompress.discovery import eval_mode, find_layers
+from tncompress.discovery import eval_mode, find_layers, input_of_call
 from tncompress.layers import TNConv
 
 M = TypeVar("M", bound=nn.Module)
@@ -44,13 +44,14 @@ def reestimate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Truncation shifts the statistics of what the layers put out; much of the accuracy lost right after it
     comes back by this alone. Only BatchNorm layers are in training mode meanwhile: dropout stays off,
-    unlike with ``torch.optim.swa_utils.update_bn``.
+    unlike with ``torch.optim.swa_utils.update_bn``. After an error the old statistics stand again.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return
     with eval_mode(model):
         momenta = [norm.momentum for norm in norms]
+        before = [copy.deepcopy(norm.state_dict()) for norm in norms]
         try:
             for norm in norms:
                 norm.reset_running_stats()
@@ -58,6 +59,10 @@ def reestimate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> None:
                 norm.train()
             for x in inputs_of(batches, model):
                 model(x)
+        except BaseException:
+            for norm, state in zip(norms, before, strict=True):
+                norm.load_state_dict(state)
+            raise
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -94,14 +99,14 @@ def _hooked(
     handles = []
     for layer, partner in pairs:
 
-        def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: TNConv = layer) -> None:
-            gap = (output - layer(args[0])).double()
+        def add(_: nn.Module, args: Any, kwargs: Any, output: Tensor, layer: TNConv = layer) -> None:
+            gap = (output - layer(input_of_call(args, kwargs))).double()
             channel = gap.ndim - 1 - layer.geometry.ndim
             gap = gap.movedim(channel, -1).flatten(0, -2)
             sums[layer] = sums.get(layer, 0) + gap.sum(0)
             counts[layer] = counts.get(layer, 0) + len(gap)
 
-        handles.append(partner.register_forward_hook(add))
+        handles.append(partner.register_forward_hook(add, with_kwargs=True))
     try:
         yield
     finally:

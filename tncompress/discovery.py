@@ -60,6 +60,8 @@ def _obstacle(module: nn.Module, name: str, owners: dict[int, list[str]]) -> str
         raise ValueError(f"layer {name!r} is lazy and has no weights yet: run the model once before compressing it")
     if isinstance(module, TNConv):
         return "already compressed"
+    if not name:
+        return "it is the model itself: put it in an nn.Sequential"
     if isinstance(module, _TRANSPOSED):
         return "transposed convolutions are not handled yet"
     if parametrize.is_parametrized(module):
@@ -75,8 +77,15 @@ def _obstacle(module: nn.Module, name: str, owners: dict[int, list[str]]) -> str
         return f"{kind} convolutions (groups={groups}) are not handled yet"
     if not weight.is_floating_point():
         return f"its weight has dtype {weight.dtype}"
-    others = [owner for owner in owners[id(weight)] if owner != name]
-    return f"its weight is shared with {others[0]!r}" if others else None
+    for own, parameter in module._parameters.items():
+        if others := [owner for owner in owners.get(id(parameter), []) if owner != name]:
+            return f"its {own} is shared with {others[0]!r}"
+    return None
+
+
+def input_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the input of a layer that was called with these arguments."""
+    return args[0] if args else kwargs["input"]
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
@@ -107,10 +116,10 @@ def input_shapes(model: nn.Module, layers: list[Layer], example_inputs: Any) -> 
     handles = []
     for layer in layers:
 
-        def record(_module: nn.Module, args: tuple[Tensor, ...], name: str = layer.name) -> None:
-            shapes[name].append(tuple(args[0].shape))
+        def record(_: nn.Module, args: Any, kwargs: Any, name: str = layer.name) -> None:
+            shapes[name].append(tuple(input_of_call(args, kwargs).shape))
 
-        handles.append(layer.module.register_forward_pre_hook(record))
+        handles.append(layer.module.register_forward_pre_hook(record, with_kwargs=True))
     try:
         with eval_mode(model):
             call_model(model, example_inputs)

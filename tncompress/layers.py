@@ -59,9 +59,9 @@ class TNConv(nn.Module):
         """The dense kernel ``(out, in, *spatial)`` that the factors stand for, rebuilt at each access."""
         return self.format.to_dense(list(self.factors), self.geometry.kernel_shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the chain of convolutions."""
-        return run_chain(x, list(self.factors), self.stages, self._calls, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the output of the chain of convolutions (``input`` is what torch's layers call it, too)."""
+        return run_chain(input, list(self.factors), self.stages, self._calls, self.bias)
 
     def to_dense(self) -> nn.Module:
         """Return a fresh dense layer (``nn.Conv1d`` ... or ``nn.Linear``) with this layer's kernel and bias."""

@@ -34,8 +34,9 @@ def make_plan(
     """Return what ``compress(model, spec)`` would do to each layer, without doing it.
 
     ``example_inputs`` (a tensor, a tuple of arguments or a mapping of keyword arguments) is run once to
-    count MACs. A pattern that matches no layer, ranks that a kernel can't have, and NaN or infinity in a
-    kernel are a ``ValueError`` that names the layer.
+    count MACs; a layer that would take more of them than the dense one on these inputs then stays dense, too.
+    A pattern that matches no layer, ranks that a kernel can't have, and NaN or infinity in a kernel are a
+    ``ValueError`` that names the layer.
     """
     spec = Spec.parse(spec)
     layers = find_layers(model)
@@ -94,6 +95,9 @@ def _plan_layer(
         sizes = [_samples_and_lengths(shape, geometry.ndim) for shape in calls]
         macs = sum(chain_macs(geometry, stages, lengths, samples) for samples, lengths in sizes)
         macs_dense = _layer_macs(layer.module, calls)
+        if not spec.allow_larger and macs >= macs_dense > 0:
+            excess = f"{macs / macs_dense:.2f}x the dense MACs"
+            return f"{format} at ranks {ranks} would take {excess} on the example inputs"
     planned = LayerPlan(
         names=layer.names,
         kind=layer.kind,

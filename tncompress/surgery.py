@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tncompress.discovery import find_layers
+from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
 from tncompress.plan import LayerPlan, Plan
 from tncompress.planner import digest_of, make_plan
@@ -20,6 +21,7 @@ from tncompress.tables import watched
 M = TypeVar("M", bound=nn.Module)
 
 _HOOKS = (
+    "_is_full_backward_hook",
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -78,6 +80,8 @@ def _build(dense: nn.Module, planned: LayerPlan, plan: Plan) -> TNConv:
         raise ValueError(
             f"the plan was made for other weights of {where}: make a new plan from its spec (plan.spec)"
         )
+    if (found := ConvGeometry.of(dense)) != planned.geometry:
+        raise ValueError(f"the plan was made for {planned.geometry} at {where}, but there it is {found}")
     fit = plan.fits.get(planned.name) or planned.format.fit(weight.detach(), planned.ranks)
     if abs(fit.rel_error - planned.rel_error) > 1e-3 * planned.rel_error + 1e-6:
         raise ValueError(f"{where}: the plan promised an error of {planned.rel_error:.4g}, got {fit.rel_error:.4g}")
@@ -87,16 +91,20 @@ def _build(dense: nn.Module, planned: LayerPlan, plan: Plan) -> TNConv:
     layer.factors.requires_grad_(weight.requires_grad)
     if layer.bias is not None:
         layer.bias.requires_grad_(dense.bias.requires_grad)  # type: ignore[union-attr]
-    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
-        layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    if channels_last and weight.is_contiguous(memory_format=channels_last) and not weight.is_contiguous():
+        layer = layer.to(memory_format=channels_last)  # type: ignore[call-overload]
     return adopt(layer, dense)
 
 
 def adopt(new: TNConv, old: nn.Module) -> TNConv:
-    """Return ``new`` with the training mode and the forward and backward hooks of ``old``."""
+    """Return ``new`` with the training mode and the forward and backward hooks of ``old``.
+
+    They share the dictionaries of hooks, so that the handle of a hook still removes it.
+    """
     new.train(old.training)
     for name in _HOOKS:
-        getattr(new, name).update(getattr(old, name))
+        setattr(new, name, getattr(old, name))
     return new
 
 
@@ -108,6 +116,8 @@ def replace_module_(model: nn.Module, name: str, new: nn.Module) -> None:
 
 def merge(model: M) -> M:
     """Return a copy of ``model`` with the dense layers that its tensor-network layers stand for."""
+    if isinstance(model, TNConv):
+        raise ValueError("merge wants a model that holds TNConv layers; of a single layer take to_dense()")
     target = copy.deepcopy(model)
     for layer in find_layers(target):
         if isinstance(layer.module, TNConv):
