@@ -138,14 +138,16 @@ def finetune(
     ``teacher``, the dense model, adds distillation, and with ``control`` a copy of it is trained in the same
     way for as many epochs without one (or the epochs of an earlier control are taken over). ``val_loader``
     gives accuracies and the recovery. The loaders yield ``(inputs, labels)``. ``device`` defaults to the
-    model's own; neither ``small`` nor ``teacher`` is changed.
+    model's own; ``small``, ``teacher`` and the global random state are not changed.
     """
     config = FinetuneConfig.parse(config)
     device = torch.device(device) if device is not None else device_of(small)
     tuned = copy.deepcopy(small).to(device)
     teacher = copy.deepcopy(teacher).to(device) if teacher is not None else None
-    start = evaluate(tuned, val_loader).accuracy if val_loader is not None else None
-    dense = evaluate(teacher, val_loader).accuracy if val_loader is not None and teacher is not None else None
+    with torch.random.fork_rng():  # a DataLoader draws from the global generator at each pass
+        start = evaluate(tuned, val_loader).accuracy if val_loader is not None else None
+        both = val_loader is not None and teacher is not None
+        dense = evaluate(teacher, val_loader).accuracy if both else None  # type: ignore[arg-type]
     epochs = train_(tuned, train_loader, config, teacher=teacher, val_loader=val_loader, progress=progress)
     controls = control if isinstance(control, tuple) else ()
     if control is True and teacher is not None:

@@ -6,17 +6,18 @@ import logging
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from tncompress.discovery import call_model, eval_mode
+from tncompress.weights import save_weights
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,17 @@ def num_params(model: nn.Module) -> int:
 
 
 def bytes_on_disk(model: nn.Module) -> int:
-    """Return the size of the model's state as a safetensors file, shared tensors written once."""
-    unique = {tensor.data_ptr(): (name, tensor) for name, tensor in model.state_dict().items()}
-    return len(serialize({name: tensor.contiguous().cpu() for name, tensor in unique.values()}))
+    """Return the size of the file that ``save_weights`` writes: safetensors, shared tensors written once."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_weights(model, path)
+        return path.stat().st_size
 
 
 def macs(model: nn.Module, example_inputs: Any) -> int:
     """Return the multiply-accumulates of one forward pass, counted as it runs (matrix products, convolutions)."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton along, where that is installed
+
     counter = FlopCounterMode(display=False)
     with eval_mode(model), counter:
         call_model(model, example_inputs)
