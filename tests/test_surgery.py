@@ -258,7 +258,7 @@ def test_it_compiles_and_exports_whole(format, x):
         "import torch.nn as nn\n"
         "torch.manual_seed(0)\n"
         "model = tnc.build_model('zoo:cnn4').eval()\n"
-        f"small = tnc.compress(model, {{'default': {{'format': {format!r}, 'rank': {{'params_ratio': 0.25}}}}}})\n"
+        f"small = tnc.compress(model, {{'default': {{'format': {format!r}}}}})\n"
         "x = torch.randn(2, 1, 16, 16)\n"
         "wanted = small(x)\n"
         "torch.testing.assert_close(torch.compile(small, fullgraph=True, backend='eager')(x), wanted)\n"

@@ -138,7 +138,7 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, fields: Any) -> Plan:
         """Return the plan that :meth:`to_dict` described; a ``ValueError`` where it is none."""
         try:
             found: dict[str, LayerPlan | Skip] = {}

@@ -130,7 +130,7 @@ class RankPath:
             ranks.append(grid[min(place, len(grid) - 1)])
         return self.format.feasible(self.shape, tuple(ranks))
 
-    def largest_within(self, limit: float) -> tuple[Ranks, Fit]:
+    def largest_within(self, limit: int | float) -> tuple[Ranks, Fit]:
         """Return the last ranks with at most ``limit`` parameters, bonds raised to fill it, and the fit."""
         index = bisect_right(range(len(self)), limit, key=lambda i: self.params(self[i])) - 1
         if index < 0:
@@ -142,7 +142,7 @@ class RankPath:
         ranks = self._filled(self[index], limit)
         return ranks, self.format.fit(self.kernel, ranks)
 
-    def smallest_reaching(self, error: float, limit: float) -> tuple[Ranks, Fit]:
+    def smallest_reaching(self, error: float, limit: int | float) -> tuple[Ranks, Fit]:
         """Return the first ranks whose relative error is at most ``error``, with the fit there."""
         fits: dict[Ranks, Fit] = {}
 
@@ -162,7 +162,7 @@ class RankPath:
         ranks = self[index]
         return ranks, fits.get(ranks) or self.format.fit(self.kernel, ranks)
 
-    def _filled(self, ranks: Ranks, limit: float) -> Ranks:
+    def _filled(self, ranks: Ranks, limit: int | float) -> Ranks:
         """Return ``ranks`` with single bonds raised, the most weight per parameter first, while it fits."""
         while self.tails is not None:
             moves = []

@@ -18,7 +18,7 @@ from tncompress.linalg import bond_scale, svd, unfold, working_copy
 SWEEPS, TOLERANCE, GOOD_ENOUGH = 120, 1e-5, 1e-7
 LARGE, SWEEPS_LARGE = 2**28, 30
 RIDGE_START, RIDGE_DECAY, RIDGE_FLOOR, SHRINK = 1e-2, 0.8, 1e-9, 1e-3
-RESTARTS, CHEAP = 8, 2**22
+RESTARTS, TRIAL, CHEAP = 4, 60, 2**22
 
 
 @register_format("cp")
@@ -103,14 +103,14 @@ def cp_als(tensor: Tensor, rank: int) -> list[Float[Tensor, "rank _"]]:
     for _ in range(RESTARTS if tensor.numel() * rank <= CHEAP else 0):
         if error < GOOD_ENOUGH:
             break
-        start = [torch.randn(rank, size, generator=generator, dtype=torch.float64) for size in work.shape]
-        fitted, other = _sweeps(work, [matrix.to(work) for matrix in start])
-        if other < error:
-            best, error = fitted, other
+        random = [torch.randn(rank, size, generator=generator, dtype=torch.float64) for size in work.shape]
+        fitted, reached = _sweeps(work, [matrix.to(work) for matrix in random], TRIAL)
+        if reached < error:
+            best, error = _sweeps(work, fitted)
     return [best[order.index(mode)] for mode in range(tensor.ndim)]
 
 
-def _sweeps(work: Tensor, start: list[Tensor]) -> tuple[list[Tensor], float]:
+def _sweeps(work: Tensor, start: list[Tensor], limit: int | None = None) -> tuple[list[Tensor], float]:
     """Return the matrices after alternating least squares from ``start``, and their relative error.
 
     Each sweep starts beyond the last one, on the line from the one before (Nesterov acceleration with
@@ -118,7 +118,7 @@ def _sweeps(work: Tensor, start: list[Tensor]) -> tuple[list[Tensor], float]:
     """
     flat = work.flatten(1)
     total = float(flat.double().square().sum())
-    limit = SWEEPS if work.numel() * len(start[0]) <= LARGE else SWEEPS_LARGE
+    limit = limit or (SWEEPS if work.numel() * len(start[0]) <= LARGE else SWEEPS_LARGE)
     best, error, ridge, streak = start, math.inf, RIDGE_START, 0
     ahead = start
     for _ in range(limit):
