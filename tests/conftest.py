@@ -36,6 +36,13 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(config, "jaxtyping_disable", True)
 
 
+@pytest.fixture
+def quick_cp(monkeypatch):
+    """Few sweeps and restarts of CP, where a test does not ask how good the fit is."""
+    monkeypatch.setattr("tncompress.formats.cp.SWEEPS", 20)
+    monkeypatch.setattr("tncompress.formats.cp.RESTARTS", 1)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """A layer to be built, the shape of an input, and the shape of its kernel."""
@@ -104,6 +111,21 @@ GEOMETRIES: dict[str, Geometry] = {
 }
 """Layers of every kind, by name; small, and with no two sizes alike where that could hide a mistake."""
 
+SHAPES = {
+    "linear": (9, 7),
+    "linear-wide": (5, 11),
+    "1d": (6, 5, 4),
+    "2d": (6, 7, 3, 3),
+    "2d-rectangular": (7, 5, 2, 4),
+    "2d-1x1": (7, 8, 1, 1),
+    "2d-thin": (6, 7, 1, 3),
+    "2d-one-in": (9, 1, 3, 3),
+    "2d-one-out": (1, 9, 3, 2),
+    "3d": (5, 4, 2, 3, 2),
+    "3d-thin": (4, 5, 3, 1, 2),
+}
+"""Kernels of every kind: a fit knows nothing of stride or padding."""
+
 FORMATS: dict[str, Format] = {
     "svd": SVD(),
     "svd-in": SVD("in|rest"),
@@ -149,3 +171,20 @@ def _pairs(wanted: bool):
 
 every_format_and_geometry = _pairs(True)
 every_misfit = _pairs(False)
+
+
+def _format_and_shape(wanted):
+    return pytest.mark.parametrize(
+        ("format", "shape"),
+        [
+            pytest.param(format, shape, id=f"{name}-{kind}")
+            for name, format in FORMATS.items()
+            for kind, shape in SHAPES.items()
+            if applies(name, shape) and wanted(format)
+        ],
+    )
+
+
+every_format_and_shape = _format_and_shape(lambda format: True)
+every_tree_and_shape = _format_and_shape(lambda format: not isinstance(format, CP))
+"""The formats whose bonds are cuts: all but CP, whose one bond is shared by all factors."""

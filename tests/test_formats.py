@@ -5,7 +5,14 @@ from itertools import count, pairwise
 import pytest
 import tensornetwork
 import torch
-from conftest import FORMATS, GEOMETRIES, applies, every_format, every_format_and_geometry, every_misfit
+from conftest import (
+    GEOMETRIES,
+    every_format,
+    every_format_and_geometry,
+    every_format_and_shape,
+    every_misfit,
+    every_tree_and_shape,
+)
 from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close
@@ -21,43 +28,6 @@ from tncompress.layers import TNConv
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-SHAPES = {
-    "linear": (9, 7),
-    "linear-wide": (5, 11),
-    "1d": (6, 5, 4),
-    "2d": (6, 7, 3, 3),
-    "2d-rectangular": (7, 5, 2, 4),
-    "2d-1x1": (7, 8, 1, 1),
-    "2d-thin": (6, 7, 1, 3),
-    "2d-one-in": (9, 1, 3, 3),
-    "2d-one-out": (1, 9, 3, 2),
-    "3d": (5, 4, 2, 3, 2),
-    "3d-thin": (4, 5, 3, 1, 2),
-}
-"""Kernels of every kind: a fit knows nothing of stride or padding."""
-
-
-@pytest.fixture
-def quick_cp(monkeypatch):
-    """One restart of CP in place of many, where a test does not ask how good the fit is."""
-    monkeypatch.setattr("tncompress.formats.cp.RESTARTS", 1)
-
-
-def _format_and_shape(wanted):
-    return pytest.mark.parametrize(
-        ("format", "shape"),
-        [
-            pytest.param(format, shape, id=f"{name}-{kind}")
-            for name, format in FORMATS.items()
-            for kind, shape in SHAPES.items()
-            if applies(name, shape) and wanted(format)
-        ],
-    )
-
-
-every_format_and_shape = _format_and_shape(lambda format: True)
-every_tree_and_shape = _format_and_shape(lambda format: not isinstance(format, CP))
-"""The formats whose bonds are cuts: all but CP, whose one bond is shared by all factors."""
 
 
 def relative(wrong: torch.Tensor, right: torch.Tensor) -> float:

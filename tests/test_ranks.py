@@ -1,0 +1,158 @@
+"""What a policy promises holds for every format and every kind of kernel, and is not overdone."""
+
+import math
+
+import pytest
+import torch
+from conftest import every_format_and_shape, every_tree_and_shape
+
+from tncompress.formats import CP, SVD
+from tncompress.ranks import NoRanks, choose
+from tncompress.spec import Energy, FixedRank, ParamsRatio, RelError, Settings
+
+ERRORS = [RelError(0.3), RelError(0.05), Energy(0.9), Energy(0.999)]
+RATIOS = [ParamsRatio(0.5), ParamsRatio(0.9)]
+
+
+def fading(shape, dtype=torch.float64):
+    """A kernel whose spectra fall off along every leg, as those of trained kernels do."""
+    kernel = torch.randn(shape, dtype=dtype)
+    for mode, size in enumerate(shape):
+        fall = 0.7 ** torch.arange(size, dtype=dtype)
+        kernel = kernel * fall.reshape([-1 if axis == mode else 1 for axis in range(len(shape))])
+    return kernel
+
+
+def allowed(policy) -> float:
+    return policy.error if isinstance(policy, RelError) else math.sqrt(1 - policy.kept)
+
+
+def measured(format, fit, kernel) -> float:
+    rebuilt = format.to_dense([factor.double() for factor in fit.factors], tuple(kernel.shape))
+    return float((rebuilt - kernel).norm() / kernel.norm())
+
+
+def size(fit) -> int:
+    return sum(factor.numel() for factor in fit.factors)
+
+
+def choose_or_refuse(kernel, settings):
+    try:
+        return choose(kernel, settings)
+    except NoRanks as verdict:
+        return verdict
+
+
+def one_bond_larger(format, shape, ranks):
+    """Every choice of ranks in which one bond has one more, and which the network can have."""
+    for i, top in enumerate(format.max_ranks(shape)):
+        raised = tuple(rank + (i == j) for j, rank in enumerate(ranks))
+        if raised[i] <= top and format.feasible(shape, raised) == raised:
+            yield raised
+
+
+def some(policies, format):
+    """CP has to be fitted to know its error: it is tried on the first policy only."""
+    return policies[:1] if isinstance(format, CP) else policies
+
+
+@every_format_and_shape
+@pytest.mark.usefixtures("quick_cp")
+def test_an_allowed_error_is_kept(format, shape):
+    kernel = fading(shape)
+    for policy in some(ERRORS, format):
+        ranks, fit = choose(kernel, Settings(format=format, rank=policy), allow_larger=True)
+        assert [tuple(f.shape) for f in fit.factors] == list(format.factor_shapes(shape, ranks))
+        assert fit.rel_error <= allowed(policy)
+        assert measured(format, fit, kernel) <= allowed(policy) * (1 + 1e-9)
+
+
+@every_tree_and_shape
+def test_an_allowed_error_is_used_up(format, shape):
+    """One bond: a rank less would not do. More: the tails of the ranks chosen are not far below."""
+    kernel = fading(shape)
+    for policy in ERRORS:
+        ranks, _ = choose(kernel, Settings(format=format, rank=policy), allow_larger=True)
+        if len(ranks) == 1 and ranks != (1,):
+            assert format.fit(kernel, (ranks[0] - 1,)).rel_error > allowed(policy)
+        fewer = [max(1, rank - 1) for rank in ranks]
+        if fewer != list(ranks):
+            tails = [s[rank:].square().sum() for s, rank in zip(format.spectra(kernel), fewer, strict=True)]
+            assert math.sqrt(sum(tails)) > allowed(policy) * float(kernel.norm())
+
+
+@every_format_and_shape
+@pytest.mark.usefixtures("quick_cp")
+def test_a_ratio_is_kept_and_no_single_bond_can_be_raised_within_it(format, shape):
+    kernel = fading(shape)
+    for policy in some(RATIOS, format):
+        most = policy.ratio * kernel.numel()
+        found = choose_or_refuse(kernel, Settings(format=format, rank=policy))
+        if isinstance(found, NoRanks):
+            assert format.num_params(shape, (1,) * len(format.max_ranks(shape))) > most
+            continue
+        ranks, fit = found
+        assert size(fit) == format.num_params(shape, ranks) <= most
+        for raised in one_bond_larger(format, shape, ranks):
+            assert format.num_params(shape, raised) > most, raised
+
+
+@every_format_and_shape
+@pytest.mark.usefixtures("quick_cp")
+def test_ranks_are_rounded_and_held_from_below(format, shape):
+    kernel, top = fading(shape), format.max_ranks(shape)
+    for least, multiple in ((3, 1), (1, 4), (3, 2)):
+        settings = Settings(format=format, rank=RelError(0.3), min_rank=least, round_to=multiple)
+        ranks, fit = choose(kernel, settings, allow_larger=True)
+        wanted = tuple(
+            rank if rank == full else -(-max(rank, least) // multiple) * multiple
+            for rank, full in zip(ranks, top, strict=True)
+        )
+        assert format.feasible(shape, tuple(map(min, wanted, top))) == ranks
+        assert fit.rel_error <= 0.3
+
+
+@every_format_and_shape
+@pytest.mark.usefixtures("quick_cp")
+def test_nothing_larger_than_dense_unless_it_is_allowed(format, shape):
+    kernel, top = fading(shape), format.max_ranks(shape)
+    full = format.num_params(shape, top)
+    settings = Settings(format=format, rank=FixedRank(top))
+    assert size(choose(kernel, settings, allow_larger=True)[1]) == full
+    if full >= kernel.numel():
+        with pytest.raises(NoRanks, match=f"would hold {full:,} parameters, dense {kernel.numel():,}"):
+            choose(kernel, settings)
+    for policy in some([RelError(1e-6), Energy(1.0), RelError(0.2)], format):
+        found = choose_or_refuse(kernel, Settings(format=format, rank=policy))
+        if isinstance(found, NoRanks):
+            assert "needs the size of the dense kernel" in str(found)
+        else:
+            assert size(found[1]) < kernel.numel()
+
+
+@every_format_and_shape
+@pytest.mark.usefixtures("quick_cp")
+def test_a_fixed_number_stands_for_every_bond(format, shape):
+    kernel, bonds = fading(shape), len(format.max_ranks(shape))
+    least = min(2, *format.max_ranks(shape), 2)
+    one, fit = choose(kernel, Settings(format=format, rank=FixedRank(least)), allow_larger=True)
+    many, _ = choose(kernel, Settings(format=format, rank=FixedRank((least,) * bonds)), allow_larger=True)
+    assert one == many == format.feasible(shape, (least,) * bonds)
+    assert [tuple(f.shape) for f in fit.factors] == list(format.factor_shapes(shape, one))
+
+
+@pytest.mark.parametrize("policy", [*ERRORS, *RATIOS, FixedRank(2)], ids=str)
+def test_a_zero_kernel_gets_the_smallest_ranks_that_there_are(policy):
+    kernel = torch.zeros(8, 6, 3, 3)
+    ranks, fit = choose(kernel, Settings(format=SVD(), rank=policy))
+    assert fit.rel_error == 0
+    if isinstance(policy, RelError | Energy):
+        assert ranks == (1,)
+
+
+@pytest.mark.parametrize("policy", [*ERRORS, *RATIOS, FixedRank(2)], ids=str)
+def test_choosing_changes_no_kernel(policy):
+    kernel = fading((8, 6, 3, 3), torch.float32)
+    before = kernel.clone()
+    choose(kernel, Settings(format=SVD(), rank=policy), allow_larger=True)
+    assert torch.equal(kernel, before)
