@@ -4,6 +4,7 @@ Shapes and types in the signatures of ``tncompress`` are enforced here and only 
 has to be in place before anything imports the package.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from tncompress.formats import CP, MPS, SVD, Format, Tucker  # noqa: E402 - afte
 def _one_thread():
     """Tensors this small gain nothing from threads, and wait for them where the machine is busy."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,23 @@ def test_batchnorm_gets_the_statistics_of_the_data():
     assert int(small[2].num_batches_tracked) == len(batches)
 
 
+def test_equal_batches_may_be_cut_as_one_likes():
+    """Means are those of all images, variances those within a batch: with one batch, those of all images."""
+    _, small = pair()
+    x = torch.randn(24, 3, 8, 8) + 1
+    norms = {}
+    for count in (1, 2, 4, 8):
+        mended = copy.deepcopy(small)
+        reestimate_batchnorm_(mended, x.chunk(count))
+        norms[count] = mended[2]
+    whole = small[1](small[0](x)).transpose(0, 1).flatten(1)
+    assert_close(norms[1].running_var, whole.var(1))
+    for norm in norms.values():
+        assert_close(norm.running_mean, whole.mean(1))
+    reestimate_batchnorm_(small, x.chunk(4)[::-1])
+    assert_close(small[2].running_var, norms[4].running_var)
+
+
 def test_momentum_mode_and_dropout_are_left_alone():
     _, small = pair()
     small.train()

@@ -163,6 +163,30 @@ def test_more_macs_than_dense_stay_dense():
     assert isinstance(layer, LayerPlan)
 
 
+def test_more_macs_than_dense_on_the_example_stay_dense():
+    """On an input no larger than the kernel the dense layer runs once, a 1x1 stage on every pixel."""
+    model = nn.Sequential(nn.Conv2d(16, 16, 5))
+    spec = {"default": {"rank": {"params_ratio": 0.5}}} | ALL
+    small, large = torch.randn(1, 16, 5, 5), torch.randn(1, 16, 32, 32)
+    (layer,) = make_plan(model, spec, example_inputs=small).layers
+    assert "x the dense MACs on the example inputs" in layer.reason
+    for plan in (
+        make_plan(model, spec, example_inputs=large),
+        make_plan(model, spec | {"allow_larger": True}, example_inputs=small),
+        make_plan(model, spec),
+    ):
+        assert isinstance(plan.layers[0], LayerPlan)
+
+
+def test_a_layer_that_never_runs_costs_nothing():
+    model = net()
+    model.unused = nn.Conv2d(8, 8, 3)
+    model.forward = lambda x: nn.Sequential(*list(model)[:-1])(x)
+    spec = {"default": {"rank": {"params_ratio": 0.5}}} | ALL
+    plan = make_plan(model, spec, example_inputs=torch.randn(1, 3, 12, 10))
+    assert (plan.layers[-1].macs_dense, plan.layers[-1].macs) == (0, 0)
+
+
 class Sub(nn.Conv2d):
     pass
 
@@ -170,6 +194,12 @@ class Sub(nn.Conv2d):
 def tied():
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     model[1].weight = model[0].weight
+    return model
+
+
+def tied_bias():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    model[1].bias = model[0].bias
     return model
 
 
@@ -190,6 +220,7 @@ OBSTACLES = {
     ),
     "weight_norm": (old_weight_norm, "no plain parameter"),
     "tied": (tied, "its weight is shared with '1'"),
+    "tied bias": (tied_bias, "its bias is shared with '1'"),
     "alone": (lambda: nn.Conv2d(8, 8, 3), "it is the model itself"),
     "attention": (lambda: nn.MultiheadAttention(8, 2), "subclass"),
 }

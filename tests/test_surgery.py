@@ -113,6 +113,63 @@ def test_mode_gradients_and_hooks_are_kept(model, x):
     assert calls == ["before", "after", "before", "after", "keywords", "back"]
 
 
+def test_a_full_backward_hook_still_sees_the_gradient_of_the_input(model, x):
+    seen = []
+    model.list[0].register_full_backward_hook(lambda _, inward, outward: seen.append((inward, outward)))
+    small = tnc.compress(model, SPEC)
+    small(x).sum().backward()
+    ((inward, outward),) = seen
+    assert_close(inward[0], outward[0] @ small.list[0].weight)
+
+
+def test_the_handle_of_a_hook_still_removes_it(model, x):
+    calls = []
+    handle = model.a.register_forward_hook(lambda *_: calls.append(1))
+    tnc.compress(model, SPEC, inplace=True)
+    model(x)
+    handle.remove()
+    model(x)
+    assert calls == [1, 1]  # it runs twice in a pass
+
+
+def test_layers_may_be_called_by_keyword(x):
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return self.conv(input=x)
+
+    model = Keyword()
+    small = tnc.compress(model, SPEC | {"keep_dense": []}, example_inputs=x)
+    assert tn_names(small) == ["conv"]
+    assert small.tncompress_plan.macs is not None
+    assert_close(small(x), tnc.merge(small)(x))
+    assert_close(tnc.repair(small, model, [x])(x).mean((0, 2, 3)), model(x).mean((0, 2, 3)))
+
+
+def test_modules_that_read_the_weight_themselves_still_work():
+    """nn.TransformerEncoderLayer calls a fused kernel with its layers' weights in eval mode."""
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    spec = {"default": {"format": "svd", "rank": {"params_ratio": 0.5}}, "keep_dense": []}
+    small = tnc.compress(model, spec)
+    assert tn_names(small) == ["linear1", "linear2"]
+    with torch.no_grad():
+        assert_close(small(x), tnc.merge(small)(x))
+    assert_close(small(x), tnc.merge(small)(x))
+
+
+def test_channels_last_3d_is_kept():
+    model = nn.Sequential(nn.Conv3d(4, 6, 3), nn.Conv3d(6, 8, 3), nn.Conv3d(8, 2, 1))
+    model = model.to(memory_format=torch.channels_last_3d)
+    small = tnc.compress(model, {"default": {"format": "svd", "rank": {"fixed": 4}}})
+    window, _ = small[1].factors
+    assert window.ndim == 5
+    assert window.is_contiguous(memory_format=torch.channels_last_3d)
+
+
 def test_channels_last_is_kept(x):
     model = Net().to(memory_format=torch.channels_last).eval()
     small = tnc.compress(
@@ -186,6 +243,24 @@ def test_a_plan_for_other_weights_is_refused(model):
     assert same(before, state(model))
 
 
+@pytest.mark.parametrize("change", [{"stride": (2, 2)}, {"padding": (0, 0)}, {"padding_mode": "zeros"}])
+def test_a_plan_for_another_geometry_is_refused(model, change):
+    plan = make_plan(model, SPEC)
+    for name, value in change.items():
+        setattr(model.a, name, value)
+    with pytest.raises(ValueError, match=r"made for ConvGeometry\(.* at layer 'a' .* but there it is ConvG"):
+        tnc.compress(model, plan)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_loaded_plan_fits_the_same_weights_in_another_memory_format(model, format):
+    plan = make_plan(model, {"default": {"format": format, "rank": {"params_ratio": 0.5}}})
+    loaded = Plan.from_dict(plan.to_dict())
+    other = tnc.compress(model.to(memory_format=torch.channels_last), loaded)
+    for name, wanted in tnc.compress(model, plan).state_dict().items():
+        assert torch.equal(other.state_dict()[name], wanted), name
+
+
 def test_a_plan_for_another_model_is_refused(model):
     plan = make_plan(model, SPEC)
     other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
@@ -223,6 +298,12 @@ def test_merge_gives_dense_layers_that_agree(model, x, format):
     assert_close(merged(x.double()), small(x.double()), rtol=1e-10, atol=1e-12)
     assert merged.state_dict().keys() == model.state_dict().keys()
     assert "a" in tn_names(small)
+
+
+def test_a_single_layer_is_merged_by_itself(model):
+    layer = tnc.compress(model, SPEC).a
+    with pytest.raises(ValueError, match="of a single layer take to_dense"):
+        tnc.merge(layer)
 
 
 @pytest.mark.parametrize("format", FORMATS)
