@@ -88,7 +88,8 @@ def correct_bias_(small: nn.Module, dense: nn.Module, batches: Iterable[Any]) ->
             dense(x)
     with torch.no_grad():
         for layer, total in sums.items():
-            layer.bias += (total / counts[layer]).to(layer.bias.dtype)  # type: ignore[operator,union-attr,arg-type]
+            bias: Any = layer.bias
+            bias += (total / counts[layer]).to(bias.dtype)
 
 
 @contextmanager

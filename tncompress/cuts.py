@@ -59,7 +59,9 @@ class Cut:
         """Return the cut that ``text``, such as ``"out|rest"``, stands for."""
         sides = text.split("|")
         if len(sides) != 2 or not all(side.strip() for side in sides):
-            raise ValueError(f"a cut is written 'legs|legs', as in 'out|rest' or 'out kw|in kh', got {text!r}")
+            raise ValueError(
+                f"a cut is written 'legs|legs', as in 'out|rest' or 'out kw|in kh', got {text!r}"
+            )
         left, right = (parse_legs(side) for side in sides)
         if set(left) & set(right):
             raise ValueError(f"a leg stands on both sides of the cut {text!r}")
@@ -84,7 +86,9 @@ class Cut:
             right = set(names) - left
         missing = [name for name in names if name not in left | right]
         if missing:
-            raise ValueError(f"the cut '{self}' does not place leg {missing[0]} of a kernel ({' '.join(names)})")
+            raise ValueError(
+                f"the cut '{self}' does not place leg {missing[0]} of a kernel ({' '.join(names)})"
+            )
         if not left or not right:
             raise ValueError(f"the cut '{self}' leaves one side of a kernel ({' '.join(names)}) empty")
         left_modes = tuple(mode for mode, name in enumerate(names) if name in left)

@@ -16,7 +16,7 @@ from tncompress.geometry import LINEAR_AND_CONVS
 from tncompress.layers import TNConv
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_FAMILY = (*LINEAR_AND_CONVS, *_TRANSPOSED, TNConv)
+_FAMILY: tuple[type[nn.Module], ...] = (*LINEAR_AND_CONVS, *_TRANSPOSED, TNConv)
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Layer:
     """A convolution or linear layer of a model, with every name that it has there, first name first."""
 
     names: tuple[str, ...]
-    module: nn.Module
+    module: Any  # nn.Conv2d and its like, nn.Linear, TNConv
     obstacle: str | None
 
     @property
@@ -52,12 +52,16 @@ def find_layers(model: nn.Module) -> list[Layer]:
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
-    return [Layer(tuple(found), module, _obstacle(module, found[0], owners)) for module, found in names.items()]
+    return [
+        Layer(tuple(found), module, _obstacle(module, found[0], owners)) for module, found in names.items()
+    ]
 
 
 def _obstacle(module: nn.Module, name: str, owners: dict[int, list[str]]) -> str | None:
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc,arg-type]
-        raise ValueError(f"layer {name!r} is lazy and has no weights yet: run the model once before compressing it")
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(
+            f"layer {name!r} is lazy and has no weights yet: run the model once before compressing it"
+        )
     if isinstance(module, TNConv):
         return "already compressed"
     if not name:
@@ -89,7 +93,7 @@ def input_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
-    """Return ``model`` called on ``example_inputs``: a tensor, a tuple of arguments or a mapping of keywords."""
+    """Return ``model`` called on a tensor, a tuple of arguments or a mapping of keyword arguments."""
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
     if isinstance(example_inputs, tuple | list):
@@ -110,7 +114,9 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
-def input_shapes(model: nn.Module, layers: list[Layer], example_inputs: Any) -> dict[str, list[tuple[int, ...]]]:
+def input_shapes(
+    model: nn.Module, layers: list[Layer], example_inputs: Any
+) -> dict[str, list[tuple[int, ...]]]:
     """Return the shapes of the inputs that each layer (by name) gets in one forward pass, a call each."""
     shapes: dict[str, list[tuple[int, ...]]] = {layer.name: [] for layer in layers}
     handles = []

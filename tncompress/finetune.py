@@ -152,7 +152,9 @@ def finetune(
     controls = control if isinstance(control, tuple) else ()
     if control is True and teacher is not None:
         label = "dense control"
-        controls = train_(teacher, train_loader, config, val_loader=val_loader, progress=progress, label=label)
+        controls = train_(
+            teacher, train_loader, config, val_loader=val_loader, progress=progress, label=label
+        )
     return History(tuned, epochs, config, start, dense, controls)
 
 
@@ -207,7 +209,9 @@ class _Trainer:
             momentum=config.momentum,
             nesterov=config.momentum > 0,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _warmup_cosine(steps, config.warmup))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, _warmup_cosine(steps, config.warmup)
+        )
         self.autocast, self.scaler = _precision(self.device, config)
 
     def step(self, x: Tensor, y: Tensor) -> float:
@@ -241,7 +245,8 @@ class _Trainer:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return the trainable parameters in two groups: those that decay (dense weights), and the others."""
     factors = {id(f) for m in model.modules() if isinstance(m, TNConv) for f in m.factors}
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             plain = parameter.ndim > 1 and id(parameter) not in factors
@@ -276,7 +281,9 @@ def _batches(loader: Iterable[Any]) -> int:
     try:
         count = len(loader)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"wanted a loader with a length, such as a DataLoader, got {type(loader).__name__}") from None
+        raise TypeError(
+            f"wanted a loader with a length, such as a DataLoader, got {type(loader).__name__}"
+        ) from None
     if count == 0:
         raise ValueError("wanted labelled batches to train on, got an empty loader")
     return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +50,10 @@ class TNConv(nn.Module):
     def from_dense(cls, layer: nn.Module, format: Format, ranks: Sequence[int]) -> TNConv:
         """Return the fit of ``format`` at ``ranks`` to a dense layer, whose parameters stay untouched."""
         geometry = ConvGeometry.of(layer)
-        weight, bias = layer.weight.detach(), layer.bias  # type: ignore[union-attr,operator]
-        fit = format.fit(weight, format.check_ranks(geometry.kernel_shape, ranks))  # type: ignore[arg-type]
-        copied = bias.detach().clone() if bias is not None else None  # type: ignore[union-attr,operator]
+        dense: Any = layer
+        weight, bias = dense.weight.detach(), dense.bias
+        fit = format.fit(weight, format.check_ranks(geometry.kernel_shape, ranks))
+        copied = bias.detach().clone() if bias is not None else None
         return cls(format, geometry, fit.factors, copied, rel_error=fit.rel_error)
 
     @property
@@ -64,13 +66,15 @@ class TNConv(nn.Module):
         return run_chain(input, list(self.factors), self.stages, self._calls, self.bias)
 
     def to_dense(self) -> nn.Module:
-        """Return a fresh dense layer (``nn.Conv1d`` ... or ``nn.Linear``) with this layer's kernel and bias."""
+        """Return a fresh dense layer (``nn.Conv2d``, ``nn.Linear`` ...) with the same kernel and bias."""
         weight = self.weight.detach()
-        dense = self.geometry.build_dense(bias=self.bias is not None, device=weight.device, dtype=weight.dtype)
+        dense: Any = self.geometry.build_dense(
+            bias=self.bias is not None, device=weight.device, dtype=weight.dtype
+        )
         with torch.no_grad():
-            dense.weight.copy_(weight)  # type: ignore[union-attr,operator]
+            dense.weight.copy_(weight)
             if self.bias is not None:
-                dense.bias.copy_(self.bias)  # type: ignore[union-attr,operator]
+                dense.bias.copy_(self.bias)
         return dense.train(self.training)
 
     def extra_repr(self) -> str:
@@ -82,8 +86,10 @@ class TNConv(nn.Module):
 def _ranks_of(format: Format, geometry: ConvGeometry, factors: Sequence[Tensor]) -> tuple[int, ...]:
     network = format.network(geometry.kernel_shape)
     if len(network) != len(factors) or any(len(n) != f.ndim for n, f in zip(network, factors, strict=False)):
-        raise ValueError(f"{format} wants factors with legs {network}, got {[tuple(f.shape) for f in factors]}")
-    found = {}
+        raise ValueError(
+            f"{format} wants factors with legs {network}, got {[tuple(f.shape) for f in factors]}"
+        )
+    found: dict[str, int] = {}
     for legs, factor in zip(network, factors, strict=True):
         found |= {leg: size for leg, size in zip(legs, factor.shape, strict=True) if leg.startswith("r")}
     ranks = tuple(found[f"r{i}"] for i in range(len(found)))

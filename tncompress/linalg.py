@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 GRAM_FLOOR = 1e-10
-"""Smallest eigenvalue of a Gram matrix, over the largest, at which it is still trusted: to about six digits."""
+"""Smallest eigenvalue of a Gram matrix, over the largest, that is trusted: it has about six digits."""
 
 
 def working_copy(tensor: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def working_copy(tensor: Tensor) -> Tensor:
 
 
 def unfold(tensor: Tensor, rows: Sequence[int]) -> Float[Tensor, "m n"]:
-    """Return the matrix whose rows are indexed by the modes ``rows``, in that order, and columns by the rest."""
+    """Return the matrix with the modes ``rows``, in that order, as its rows and the others as its columns."""
     columns = [mode for mode in range(tensor.ndim) if mode not in rows]
     height = math.prod(tensor.shape[mode] for mode in rows)
     return tensor.permute(*rows, *columns).reshape(height, -1)

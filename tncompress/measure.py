@@ -72,7 +72,7 @@ def bytes_on_disk(model: nn.Module) -> int:
 
 
 def macs(model: nn.Module, example_inputs: Any) -> int:
-    """Return the multiply-accumulates of one forward pass, counted as it runs (matrix products, convolutions)."""
+    """Return the multiply-accumulates of one forward pass, counted as its products and convolutions run."""
     from torch.utils.flop_counter import FlopCounterMode  # brings triton along, where that is installed
 
     counter = FlopCounterMode(display=False)
@@ -96,7 +96,8 @@ def latencies(models: Sequence[nn.Module], example_inputs: Any, *, seconds: floa
     About ``seconds`` are spent on each model, in ten rounds.
     """
     Timer, Measurement = _benchmark_classes()  # noqa: N806
-    timers, blocks = [], []
+    timers: list[Any] = []
+    blocks: list[list[Any]] = []
     for model in models:
         names = {"call_model": call_model, "model": model, "inputs": example_inputs}
         timers.append(Timer("call_model(model, inputs)", globals=names, num_threads=torch.get_num_threads()))

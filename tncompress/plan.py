@@ -124,7 +124,9 @@ class Plan:
     @property
     def macs(self) -> int | None:
         """Multiply-accumulates of all listed layers after compression; None without example inputs."""
-        return _total(layer.macs if isinstance(layer, LayerPlan) else layer.macs_dense for layer in self.layers)
+        return _total(
+            layer.macs if isinstance(layer, LayerPlan) else layer.macs_dense for layer in self.layers
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values: no weights, no factors."""
@@ -169,7 +171,9 @@ class Plan:
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        table = Table(title=f"{len(self.compressed)} of {len(self.layers)} layers compressed", title_justify="left")
+        table = Table(
+            title=f"{len(self.compressed)} of {len(self.layers)} layers compressed", title_justify="left"
+        )
         for column in ("layer", "kernel", "format", "ranks"):
             table.add_column(column, overflow="fold")
         for column in ("rel. error", "params", "", "MACs", ""):

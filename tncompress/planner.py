@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def _plan_layer(
     layer: Layer, settings: Settings, spec: Spec, calls: Calls | None
 ) -> tuple[LayerPlan, Fit] | str:
     """Return the plan of one layer with its fit, or the reason why it stays dense."""
-    kernel: Tensor = layer.module.weight.detach()  # type: ignore[union-attr,operator,assignment]
+    kernel: Tensor = layer.module.weight.detach()
     where = f"layer {layer.name!r} with kernel {tuple(kernel.shape)}"
     if kernel.is_meta:
         raise ValueError(f"{where} is on the meta device: load the weights before planning")
@@ -119,27 +119,27 @@ def _skip(layer: Layer, reason: str, calls: Calls | None) -> Skip:
     if isinstance(module, TNConv):
         shape, params = module.geometry.kernel_shape, sum(factor.numel() for factor in module.factors)
     else:
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+        shape = tuple(module.weight.shape)
         params = math.prod(shape)
     macs = _layer_macs(module, calls) if calls is not None else None
     return Skip(layer.names, layer.kind, shape, reason, params, macs)
 
 
-def _layer_macs(module: nn.Module, calls: Calls) -> int:
+def _layer_macs(module: Any, calls: Calls) -> int:
     """Return the multiply-accumulates of a layer, dense or compressed, over its calls."""
     if isinstance(module, TNConv):
         sizes = [_samples_and_lengths(shape, module.geometry.ndim) for shape in calls]
         return sum(chain_macs(module.geometry, module.stages, lengths, samples) for samples, lengths in sizes)
-    weight = module.weight.numel()  # type: ignore[union-attr,operator]
+    weight = module.weight.numel()
     if isinstance(module, nn.Linear):
         return sum(weight * math.prod(shape[:-1]) for shape in calls)
-    ndim = len(module.kernel_size)  # type: ignore[arg-type]
+    ndim = len(module.kernel_size)
     sizes = [_samples_and_lengths(shape, ndim) for shape in calls]
     if getattr(module, "transposed", False):
         return sum(samples * weight * math.prod(lengths) for samples, lengths in sizes)
     geometry = ConvGeometry.shape_of(module)
     per_group = [dense_macs(geometry, lengths, samples) for samples, lengths in sizes]
-    return sum(per_group) // module.groups  # type: ignore[operator]
+    return sum(per_group) // module.groups
 
 
 def _samples_and_lengths(shape: tuple[int, ...], ndim: int) -> tuple[int, tuple[int, ...]]:

@@ -86,7 +86,7 @@ def _allowed_error(policy: RankPolicy) -> float:
 def _fixed(format: Format, kernel: Tensor, policy: FixedRank) -> Ranks:
     shape = tuple(kernel.shape)
     bonds = len(format.max_ranks(shape))
-    asked = policy.ranks if isinstance(policy.ranks, tuple) else (policy.ranks,) * bonds
+    asked = (policy.ranks,) * bonds if isinstance(policy.ranks, int) else tuple(policy.ranks)
     return format.feasible(shape, format.check_ranks(shape, asked))
 
 

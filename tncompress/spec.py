@@ -30,7 +30,6 @@ from pydantic import (
 
 from tncompress.formats import MPS, Format, make_format
 
-VERSION = 1
 KEEP_DENSE = ("stem", "classifier")
 
 
@@ -181,7 +180,7 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     default: Settings = Settings()
     rules: tuple[Rule, ...] = ()
     keep_dense: tuple[str, ...] = KEEP_DENSE
@@ -273,7 +272,12 @@ def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
 
 def read_settings(path: Path, what: str) -> Any:
     """Return what a JSON, YAML or TOML file holds; ``what`` names it in errors, which are one line."""
-    readers = {".json": json.loads, ".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+    readers: dict[str, Any] = {
+        ".json": json.loads,
+        ".toml": tomllib.loads,
+        ".yaml": yaml.safe_load,
+        ".yml": yaml.safe_load,
+    }
     if path.suffix not in readers:
         raise ValueError(f"a {what} file ends in {', '.join(readers)}, got {path.name}")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ def compress(
     training mode, ``requires_grad`` and hooks of each layer are kept.
 
     >>> import tncompress as tnc
-    >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1))
+    >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1))
     >>> small = tnc.compress(model, {"default": {"format": "tucker", "rank": {"params_ratio": 0.25}}})
     >>> small(torch.randn(1, 3, 8, 8)).shape
     torch.Size([1, 4, 4, 4])
@@ -62,19 +62,21 @@ def compress(
     for planned in watched(plan.compressed, "compressing", show=progress):
         layer = dense.get(planned.name)
         if layer is None or layer.obstacle or layer.names != planned.names:
-            why = "there is no such layer" if layer is None else layer.obstacle or f"it is named {layer.names}"
+            why = (
+                "there is no such layer" if layer is None else layer.obstacle or f"it is named {layer.names}"
+            )
             raise ValueError(f"the plan does not fit this model at layer {planned.name!r}: {why}")
         made.append((planned.names, _build(layer.module, planned, plan)))
     for names, compressed in made:
         for name in names:
             replace_module_(target, name, compressed)
-    target.tncompress_plan = Plan(plan.layers, plan.spec, plan.params_model)  # type: ignore[assignment]
+    cast(Any, target).tncompress_plan = Plan(plan.layers, plan.spec, plan.params_model)
     return target
 
 
-def _build(dense: nn.Module, planned: LayerPlan, plan: Plan) -> TNConv:
+def _build(dense: Any, planned: LayerPlan, plan: Plan) -> TNConv:
     """Return the compressed layer that ``planned`` promises for ``dense``."""
-    weight: nn.Parameter = dense.weight  # type: ignore[assignment]
+    weight: nn.Parameter = dense.weight
     where = f"layer {planned.name!r} with kernel {tuple(weight.shape)}"
     if tuple(weight.shape) != planned.shape or digest_of(weight) != planned.digest:
         raise ValueError(
@@ -84,16 +86,18 @@ def _build(dense: nn.Module, planned: LayerPlan, plan: Plan) -> TNConv:
         raise ValueError(f"the plan was made for {planned.geometry} at {where}, but there it is {found}")
     fit = plan.fits.get(planned.name) or planned.format.fit(weight.detach(), planned.ranks)
     if abs(fit.rel_error - planned.rel_error) > 1e-3 * planned.rel_error + 1e-6:
-        raise ValueError(f"{where}: the plan promised an error of {planned.rel_error:.4g}, got {fit.rel_error:.4g}")
+        raise ValueError(
+            f"{where}: the plan promised an error of {planned.rel_error:.4g}, got {fit.rel_error:.4g}"
+        )
     factors = [factor.to(weight.device, copy=True) for factor in fit.factors]
-    bias = dense.bias.detach().clone() if dense.bias is not None else None  # type: ignore[union-attr,operator]
+    bias = dense.bias.detach().clone() if dense.bias is not None else None
     layer = TNConv(planned.format, planned.geometry, factors, bias, rel_error=fit.rel_error)
     layer.factors.requires_grad_(weight.requires_grad)
     if layer.bias is not None:
-        layer.bias.requires_grad_(dense.bias.requires_grad)  # type: ignore[union-attr]
+        layer.bias.requires_grad_(dense.bias.requires_grad)
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
     if channels_last and weight.is_contiguous(memory_format=channels_last) and not weight.is_contiguous():
-        layer = layer.to(memory_format=channels_last)  # type: ignore[call-overload]
+        layer = layer.to(memory_format=channels_last)
     return adopt(layer, dense)
 
 

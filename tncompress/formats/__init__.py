@@ -6,4 +6,15 @@ from tncompress.formats.mps import MPS
 from tncompress.formats.svd import SVD
 from tncompress.formats.tucker import Tucker
 
-__all__ = ["CP", "FORMATS", "MPS", "SVD", "Fit", "Format", "Stage", "Tucker", "make_format", "register_format"]
+__all__ = [
+    "CP",
+    "FORMATS",
+    "MPS",
+    "SVD",
+    "Fit",
+    "Format",
+    "Stage",
+    "Tucker",
+    "make_format",
+    "register_format",
+]

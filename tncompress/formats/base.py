@@ -179,5 +179,7 @@ def make_format(value: Any) -> Format:
             has = f"its options are {', '.join(defaults)}" if defaults else "it has none"
             raise ValueError(f"format {name!r} has no option {option!r}; {has}")
         if type(given) is not type(defaults[option]):
-            raise ValueError(f"format {name!r}: option {option!r} is like {defaults[option]!r}, got {given!r}")
+            raise ValueError(
+                f"format {name!r}: option {option!r} is like {defaults[option]!r}, got {given!r}"
+            )
     return FORMATS[name](**options)

@@ -131,7 +131,9 @@ def truncate_chain(tensor: Tensor, ranks: Ranks) -> tuple[list[Tensor], float]:
         from_left = r_low * sizes[low] <= sizes[high] * r_high
         bond = low if from_left else high - 1
         rank = ranks[bond]
-        rows = rest.reshape(r_low * sizes[low], -1) if from_left else rest.reshape(-1, sizes[high] * r_high).mT
+        rows = (
+            rest.reshape(r_low * sizes[low], -1) if from_left else rest.reshape(-1, sizes[high] * r_high).mT
+        )
         u, s, svh = svd(rows)
         discarded += float(tail_energies(s)[rank])
         bond_values[bond] = s[:rank]

@@ -178,8 +178,9 @@ def _slice_start(work: Tensor, rank: int) -> list[Tensor]:
     for mode, basis in directions.items():
         rotated = torch.tensordot(rotated, basis, dims=([mode], [0])).movedim(-1, mode)
     terms = []
-    for place in product(*(range(work.shape[mode]) for mode in small_modes)):
-        u, s, svh = svd(rotated[(slice(None), slice(None), *place)])
+    rotated = rotated.movedim((0, 1), (-2, -1))
+    for place in product(*(range(size) for size in work.shape[2:])):
+        u, s, svh = svd(rotated[tuple(place)])
         terms.append((s, u.mT, svh, place))
     strengths = torch.cat([s for s, *_ in terms])
     owner = [(i, k) for i, (s, *_) in enumerate(terms) for k in range(len(s))]
@@ -192,7 +193,9 @@ def _slice_start(work: Tensor, rank: int) -> list[Tensor]:
     return _balance([a, b, *small])
 
 
-def _solve_small(weights: Tensor, gram: Tensor, small: list[Tensor], ridge: tuple[float, float]) -> list[Tensor]:
+def _solve_small(
+    weights: Tensor, gram: Tensor, small: list[Tensor], ridge: tuple[float, float]
+) -> list[Tensor]:
     small = list(small)
     for m in range(len(small)):
         target, others = weights, gram
@@ -206,7 +209,7 @@ def _solve_small(weights: Tensor, gram: Tensor, small: list[Tensor], ridge: tupl
 
 
 def _solve(gram: Tensor, target: Tensor, ridge: tuple[float, float], previous: Tensor) -> Tensor:
-    """Return the factor that solves ``gram @ x = target`` with ridges towards ``previous`` and zero, in float64."""
+    """Return the solution of ``gram @ x = target`` with ridges towards ``previous`` and zero, in float64."""
     gram, target = gram.double(), target.double()
     scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     steady, shrink = ridge
@@ -214,7 +217,9 @@ def _solve(gram: Tensor, target: Tensor, ridge: tuple[float, float], previous: T
     damped = gram + (weight + shrink * scale) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     lower, failed = torch.linalg.cholesky_ex(damped)
     right = target + weight * previous
-    solved = torch.linalg.lstsq(damped, right).solution if bool(failed) else torch.cholesky_solve(right, lower)
+    solved = (
+        torch.linalg.lstsq(damped, right).solution if bool(failed) else torch.cholesky_solve(right, lower)
+    )
     return solved.to(previous.dtype)
 
 

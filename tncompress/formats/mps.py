@@ -30,7 +30,8 @@ class MPS(ChainFormat):
         names = legs_of(ndim)
         legs = parse_legs(self.order.replace("spatial", " ".join(names[2:])))
         if missing := [name for name in names if name not in legs]:
+            kernel = " ".join(names)
             raise ValueError(
-                f"the MPS order '{self.order}' does not place leg {missing[0]} of a kernel ({' '.join(names)})"
+                f"the MPS order '{self.order}' does not place leg {missing[0]} of a kernel ({kernel})"
             )
         return tuple((names.index(leg),) for leg in legs if leg in names)

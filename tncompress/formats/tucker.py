@@ -109,7 +109,9 @@ class Tucker(Format):
         error = math.sqrt(_squared_distance(work, core, bases) / total) if total > 0 else 0.0
         factors = self._factors(core, bases, shape)
         shapes = self.factor_shapes(shape, ranks)
-        made = (f.reshape(size).to(kernel.dtype).contiguous() for f, size in zip(factors, shapes, strict=True))
+        made = (
+            f.reshape(size).to(kernel.dtype).contiguous() for f, size in zip(factors, shapes, strict=True)
+        )
         return Fit(tuple(made), error)
 
     def _factors(self, core: Tensor, bases: dict[int, Tensor], shape: Shape) -> list[Tensor]:
