@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tncompress as tnc
-from tncompress.measure import latencies
+from tncompress.measure import latencies, num_params
 from tncompress.report import environment
 from tncompress.tables import markdown_table
 
@@ -28,16 +28,12 @@ FORMATS = {
 
 
 def tltorch_layer(conv, name, ratio):
-    """Return tltorch's layer of about the same size, in the faster of its two ways to run."""
-    import tensorly
+    """Return tltorch's layer at that fraction of the parameters, in the faster of its two ways to run."""
     import tltorch
 
-    backend = tensorly.get_backend()
-    made = tltorch.FactorizedConv.from_conv(
+    return tltorch.FactorizedConv.from_conv(
         conv, rank=ratio, factorization=name, implementation="factorized", decompose_weights=False
     )
-    tensorly.set_backend("pytorch" if backend == "pytorch" else backend)
-    return made
 
 
 def variants(channels_in, channels_out, ratio, peers):
@@ -63,7 +59,7 @@ def main():
     parser.add_argument("--no-peers", action="store_true", help="leave tltorch out")
     options = parser.parse_args()
     torch.manual_seed(0)
-    rows, speedups = [], {}
+    rows, speedups, sizes = [], {}, {}
     for channels_in, channels_out, side in LAYERS:
         models = variants(channels_in, channels_out, options.ratio, not options.no_peers)
         x = torch.randn(options.batch, channels_in, side, side).to(memory_format=torch.channels_last)
@@ -72,10 +68,12 @@ def main():
         for name, latency in found.items():
             faster = found["dense"].median / latency.median
             speedups.setdefault(name, []).append(faster)
+            sizes.setdefault(name, []).append(num_params(models[name]) / num_params(models["dense"]))
             row.append(f"{1e3 * latency.median:.2f} ± {1e3 * latency.iqr / 2:.2f} ms ({faster:.2f}x)")
         rows.append(row)
     mean = [f"{statistics.geometric_mean(values):.2f}x" for values in speedups.values()]
-    print(markdown_table(["layer", *speedups], [*rows, ["geometric mean", *mean]]))
+    size = [f"{statistics.mean(values):.2f}" for values in sizes.values()]
+    print(markdown_table(["layer", *speedups], [*rows, ["geometric mean", *mean], ["parameters", *size]]))
     print(f"\nbatch {options.batch}, ratio {options.ratio}, channels_last;", environment())
 
 

@@ -192,6 +192,8 @@ def compress(
     tnc.save(small.cpu(), out, source=source, dense_weights=weights, overwrite=overwrite)
     cli.show(made, as_json=as_json)
     cli.say(f"saved in {out}")
+    if weights is None:
+        cli.say("no --weights: what was compressed are random weights")
 
 
 @app.command()

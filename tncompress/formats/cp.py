@@ -16,7 +16,8 @@ from tncompress.formats.base import Fit, Format, Ranks, Shape, Stage, register_f
 from tncompress.linalg import bond_scale, svd, unfold, working_copy
 
 SWEEPS, TOLERANCE, GOOD_ENOUGH = 120, 1e-5, 1e-7
-LARGE, SWEEPS_LARGE = 2**28, 30
+FEWEST_SWEEPS, BUDGET = 30, 2**33
+"""A large kernel gets as many sweeps as fit into ``BUDGET`` products of its entries with the rank."""
 RIDGE_START, RIDGE_DECAY, RIDGE_FLOOR, SHRINK = 1e-2, 0.8, 1e-9, 1e-3
 RESTARTS, TRIAL, CHEAP = 4, 60, 2**22
 
@@ -118,7 +119,8 @@ def _sweeps(work: Tensor, start: list[Tensor], limit: int | None = None) -> tupl
     """
     flat = work.flatten(1)
     total = float(flat.double().square().sum())
-    limit = limit or (SWEEPS if work.numel() * len(start[0]) <= LARGE else SWEEPS_LARGE)
+    affordable = max(FEWEST_SWEEPS, BUDGET // (work.numel() * len(start[0])))
+    limit = limit or min(SWEEPS, affordable)
     best, error, ridge, streak = start, math.inf, RIDGE_START, 0
     ahead = start
     for _ in range(limit):
