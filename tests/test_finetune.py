@@ -105,6 +105,15 @@ def test_it_is_deterministic_and_leaves_the_global_generator_alone(data, trained
     assert not same(state(first.model), state(other.model))
 
 
+def test_loaders_that_draw_from_the_global_generator_do_not_move_it(trained):
+    _, small = trained
+    images = torch.utils.data.TensorDataset(torch.randn(32, 1, 32, 32), torch.randint(0, 10, (32,)))
+    loader = torch.utils.data.DataLoader(images, batch_size=16, shuffle=True)
+    before = torch.get_rng_state()
+    tnc.finetune(small, loader, {"epochs": 1}, val_loader=loader)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_a_control_can_be_taken_over(data, trained):
     model, small = trained
     test = data.test_loader()

@@ -69,6 +69,19 @@ def test_peak_memory_of_a_chain():
     assert peak_memory(wide, torch.randn(1, 4, 50, 50)) == 4 * (64 + 32 + (4 + 16 + 2) * pixels)
 
 
+def test_memory_that_is_given_back_is_not_counted_again():
+    """Small tensors come and go before the large one, whose storage may stand where theirs did."""
+    widths = [1, 1, 2, 1, 8, 32, 1]
+    chain = nn.Sequential(
+        *[nn.Conv2d(a, b, 1, bias=False) for a, b in zip([4, *widths], widths, strict=False)]
+    )
+    parameters = sum(p.numel() for p in chain.parameters())
+    assert peak_memory(chain, torch.randn(1, 4, 50, 50)) == 4 * (parameters + (4 + 8 + 32) * 2500)
+    again = nn.Sequential(*[nn.ReLU() for _ in range(9)])
+    assert peak_memory(again, torch.randn(100)) == 3 * 400
+    assert peak_memory(nn.Sequential(*[nn.ReLU(inplace=True) for _ in range(9)]), torch.randn(100)) == 400
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_bytes_are_those_of_the_file(tmp_path, tied):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))

@@ -51,6 +51,7 @@ def kernel_of(seed=0, decay=0.8, shape=(12, 10, 3, 3)):
 
 
 @every_format
+@pytest.mark.usefixtures("quick_cp")
 def test_parameters_and_macs_are_those_of_the_compressed_model(format):
     model, x = net(), torch.randn(2, 3, 12, 10)
     spec = {
@@ -72,6 +73,7 @@ def test_parameters_and_macs_are_those_of_the_compressed_model(format):
 
 @every_format
 @pytest.mark.parametrize("error", [0.5, 0.2, 0.05])
+@pytest.mark.usefixtures("quick_cp")
 def test_rel_error_and_energy_are_kept_and_not_overdone(format, error):
     kernel = kernel_of()
     ranks, fit = choose(kernel, Settings(format=format, rank=RelError(error)), allow_larger=True)
@@ -85,6 +87,7 @@ def test_rel_error_and_energy_are_kept_and_not_overdone(format, error):
 
 @every_format
 @pytest.mark.parametrize("ratio", [0.8, 0.4, 0.2])
+@pytest.mark.usefixtures("quick_cp")
 def test_params_ratio_is_kept_and_nearly_used_up(format, ratio):
     kernel = kernel_of(shape=(32, 24, 3, 3))
     ranks, fit = choose(kernel, Settings(format=format, rank=ParamsRatio(ratio)))
@@ -112,6 +115,7 @@ def test_bonds_are_not_starved():
     assert abs(ranks[0] - ranks[1]) <= 3
 
 
+@pytest.mark.usefixtures("quick_cp")
 def test_round_to_and_min_rank_bind():
     kernel = kernel_of(shape=(32, 24, 3, 3))
     for format in FORMATS.values():
@@ -176,6 +180,34 @@ def test_more_macs_than_dense_on_the_example_stay_dense():
         make_plan(model, spec),
     ):
         assert isinstance(plan.layers[0], LayerPlan)
+
+
+def test_macs_of_layers_that_stay_dense_are_counted_too():
+    model = nn.Sequential(
+        nn.Conv2d(6, 8, 3, stride=2, padding=1),
+        nn.Conv2d(8, 8, 3, groups=4, padding="same", dilation=2),
+        nn.Conv2d(8, 8, 3, groups=8, padding=1),
+        Sub(8, 6, (1, 3)),
+        nn.ConvTranspose2d(6, 8, 3, stride=2, groups=2),
+        tnc.TNConv.from_dense(nn.Conv2d(8, 4, 3), tnc.SVD(), (2,)),
+        nn.Flatten(2),
+        nn.Conv1d(4, 3, 2),
+        nn.Linear(90, 5),
+    )
+    x = torch.randn(2, 6, 14, 11)
+    plan = make_plan(model, {"keep_dense": ["*"]}, example_inputs=x)
+    assert plan.compressed == ()
+    assert plan.macs == plan.macs_dense == macs(model, x)
+
+
+def test_an_input_needs_no_batch():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, stride=2), nn.Conv2d(8, 8, (1, 3)))
+    spec = {"default": {"format": "svd", "rank": {"fixed": 2}}} | ALL
+    x = torch.randn(8, 9, 12)
+    plan = make_plan(model, spec, example_inputs=x)
+    assert len(plan.compressed) == 2
+    assert (plan.macs_dense, plan.macs) == (macs(model, x), macs(tnc.compress(model, plan), x))
+    assert plan.macs == make_plan(model, spec, example_inputs=x[None]).macs
 
 
 def test_a_layer_that_never_runs_costs_nothing():
