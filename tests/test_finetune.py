@@ -71,7 +71,10 @@ def test_the_lost_accuracy_comes_back(data, trained):
     assert history.epochs[1].loss < history.epochs[0].loss
     assert same(before, state(small))
     assert same(of_teacher, state(model))
-    assert json.loads(str(history))["recovery"] == history.recovery
+    assert json.loads(json.dumps(history.to_dict()))["recovery"] == history.recovery
+    assert f"{100 * history.recovery:.0f} % of the loss is back" in str(history)
+    for epoch in (*history.epochs, *history.control):
+        assert f"{100 * epoch.accuracy:.2f} %" in str(history)
 
 
 def test_repair_alone_brings_accuracy_back(data, trained):

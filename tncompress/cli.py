@@ -16,9 +16,9 @@ from tncompress.demo import DemoConfig, run_demo
 from tncompress.export import MANIFEST, read_manifest
 from tncompress.finetune import FinetuneConfig, train_
 from tncompress.measure import evaluate as measure_accuracy
-from tncompress.report import percent
 from tncompress.spec import read_settings
 from tncompress.storage import check_writable, new_file
+from tncompress.tables import percent
 from tncompress.weights import save_weights
 
 app = typer.Typer(

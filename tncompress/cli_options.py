@@ -61,9 +61,15 @@ def show(value: Any, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(value.to_dict() if hasattr(value, "to_dict") else value, indent=1) + "\n")
         return
-    console = Console()
+    if isinstance(value, dict):
+        value = "\n".join(f"{name.replace('_', ' ')}: {_plain(entry)}" for name, entry in value.items())
+    console = Console(highlight=False)
     console = console if console.is_terminal else Console(width=160)
-    console.print(value)
+    console.print(value, markup=False)
+
+
+def _plain(entry: Any) -> str:
+    return f"{entry:.4g}" if isinstance(entry, float) else str(entry)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

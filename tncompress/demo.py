@@ -17,11 +17,11 @@ from tncompress.export import export_onnx, save
 from tncompress.finetune import Epoch, FinetuneConfig, History, finetune, train_
 from tncompress.measure import Latency, evaluate, latencies, macs, num_params, recovery
 from tncompress.planner import make_plan
-from tncompress.report import environment, milliseconds, percent, report
+from tncompress.report import environment, milliseconds, report
 from tncompress.spec import ParamsRatio, Settings, Spec
 from tncompress.storage import new_directory
 from tncompress.surgery import compress
-from tncompress.tables import count, markdown_table, ratio
+from tncompress.tables import count, markdown_table, percent, ratio
 from tncompress.weights import save_weights
 from tncompress.zoo import build_model
 

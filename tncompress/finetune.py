@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,7 +18,10 @@ from torch.nn import functional as F
 from tncompress.layers import TNConv
 from tncompress.measure import device_of, evaluate, recovery
 from tncompress.spec import explain
-from tncompress.tables import progress_bar
+from tncompress.tables import percent, progress_bar, render
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class FinetuneConfig(BaseModel):
@@ -119,7 +121,23 @@ class History:
         }
 
     def __str__(self) -> str:
-        return json.dumps(self.to_dict(), indent=1)
+        return render(self)
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        title = f"accuracy {percent(self.accuracy_start)} → {percent(self.accuracy)}"
+        dense = f"dense: {percent(self.accuracy_dense)}"
+        if self.recovery is not None:
+            dense += f", {percent(self.recovery, 0)} of the loss is back"
+        table = Table(title=title, title_justify="left", caption=dense, caption_justify="left")
+        for column in ("epoch", "loss", "accuracy", "seconds", "dense control"):
+            table.add_column(column, justify="right")
+        for i, epoch in enumerate(self.epochs):
+            control = percent(self.control[i].accuracy) if i < len(self.control) else ""
+            cells = f"{epoch.loss:.4f}", percent(epoch.accuracy), f"{epoch.seconds:.1f}", control
+            table.add_row(str(i + 1), *cells)
+        return table
 
 
 def finetune(

@@ -13,7 +13,7 @@ from torch import nn
 
 from tncompress.measure import Latency, bytes_on_disk, latencies, macs, num_params, peak_memory
 from tncompress.plan import LayerPlan, Plan
-from tncompress.tables import change, count, markdown_table, ratio, render
+from tncompress.tables import change, count, markdown_table, percent, ratio, render
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -147,11 +147,6 @@ def environment() -> dict[str, str | int]:
         "python": platform.python_version(),
         "system": platform.system(),
     }
-
-
-def percent(fraction: float | None) -> str:
-    """Return a fraction as a percentage with two digits, "-" for None."""
-    return f"{100 * fraction:.2f} %" if fraction is not None else "-"
 
 
 def milliseconds(latency: Latency) -> str:

@@ -44,6 +44,15 @@ def change(before: int | float, after: int | float, less: str, more: str) -> str
     return f"{ratio(before, after)} {less}" if after <= before else f"{ratio(after, before)} {more}"
 
 
+def percent(fraction: float | None, digits: int = 2) -> str:
+    """Return a fraction as a percentage, "-" for None.
+
+    >>> percent(0.91234), percent(None)
+    ('91.23 %', '-')
+    """
+    return f"{100 * fraction:.{digits}f} %" if fraction is not None else "-"
+
+
 def render(renderable: Any, width: int = 140) -> str:
     """Return a rich renderable as plain text."""
     from rich.console import Console
