@@ -322,6 +322,22 @@ def test_the_same_kernel_gives_the_same_factors_whatever_was_drawn_before(format
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@every_format
+def test_a_fit_follows_neither_the_default_device_nor_the_default_dtype(format):
+    kernel = torch.randn(8, 6, 3, 3)
+    ranks = ranks_at(format, kernel.shape, 0.4)
+    wanted = format.decompose(kernel, ranks)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = format.decompose(kernel, ranks)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got, factor in zip(found, wanted, strict=True):
+        assert torch.equal(got, factor)
+        assert got.dtype == torch.float32
+
+
 @every_format_and_shape
 def test_a_zero_kernel_is_fitted_without_error(format, shape):
     fit = format.fit(torch.zeros(shape), ranks_at(format, shape, 0.5))

@@ -235,6 +235,18 @@ def tied_bias():
     return model
 
 
+def with_extra():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    model[0].register_buffer("mask", torch.ones(8))
+    return model
+
+
+def with_own_forward():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    model[0].forward = lambda x: x
+    return model
+
+
 def old_weight_norm():
     layer = nn.Conv2d(8, 8, 3)
     with pytest.warns(FutureWarning):
@@ -253,6 +265,8 @@ OBSTACLES = {
     "weight_norm": (old_weight_norm, "no plain parameter"),
     "tied": (tied, "its weight is shared with '1'"),
     "tied bias": (tied_bias, "its bias is shared with '1'"),
+    "extra": (with_extra, "it holds 'mask' beside weight and bias"),
+    "forward": (with_own_forward, "its forward was replaced on the instance"),
     "alone": (lambda: nn.Conv2d(8, 8, 3), "it is the model itself"),
     "attention": (lambda: nn.MultiheadAttention(8, 2), "subclass"),
 }

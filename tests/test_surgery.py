@@ -300,6 +300,33 @@ def test_merge_gives_dense_layers_that_agree(model, x, format):
     assert "a" in tn_names(small)
 
 
+def test_merge_keeps_what_compress_keeps(model, x):
+    model.train()
+    model.a.eval()
+    model.a.weight.requires_grad_(False)
+    model.list[0].bias.requires_grad_(False)
+    calls = []
+    model.a.register_forward_hook(lambda *_: calls.append("a"))
+    merged = tnc.merge(tnc.compress(model, SPEC))
+    merged(x)
+    assert calls == ["a", "a"]
+    for old, new in zip(model.modules(), merged.modules(), strict=True):
+        assert old.training == new.training
+    for old, new in zip(model.parameters(), merged.parameters(), strict=True):
+        assert old.requires_grad == new.requires_grad
+        assert new.is_leaf
+
+
+def test_models_made_from_one_plan_share_nothing(model):
+    plan = make_plan(model, SPEC)
+    first, second = tnc.compress(model, plan), tnc.compress(model, plan)
+    wanted = state(second)
+    for p in first.parameters():
+        p.data.zero_()
+    assert same(wanted, state(second))
+    assert same(wanted, state(tnc.compress(model, plan)))
+
+
 def test_a_single_layer_is_merged_by_itself(model):
     layer = tnc.compress(model, SPEC).a
     with pytest.raises(ValueError, match="of a single layer take to_dense"):

@@ -75,6 +75,11 @@ def _obstacle(module: nn.Module, name: str, owners: dict[int, list[str]]) -> str
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is no plain parameter (weight_norm, pruning?): remove that first"
+    held = [*module._parameters, *module._buffers, *module._modules]
+    if extra := [key for key in held if key not in ("weight", "bias")]:
+        return f"it holds {extra[0]!r} beside weight and bias, which would be lost"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, and would be lost"
     groups = getattr(module, "groups", 1)
     if groups > 1:
         kind = "depthwise" if groups == module.in_channels else "grouped"

@@ -72,9 +72,9 @@ class TNConv(nn.Module):
             bias=self.bias is not None, device=weight.device, dtype=weight.dtype
         )
         with torch.no_grad():
-            dense.weight.copy_(weight)
+            dense.weight.copy_(weight).requires_grad_(any(factor.requires_grad for factor in self.factors))
             if self.bias is not None:
-                dense.bias.copy_(self.bias)
+                dense.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         return dense.train(self.training)
 
     def extra_repr(self) -> str:

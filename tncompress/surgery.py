@@ -19,6 +19,7 @@ from tncompress.spec import Spec
 from tncompress.tables import watched
 
 M = TypeVar("M", bound=nn.Module)
+L = TypeVar("L", bound=nn.Module)
 
 _HOOKS = (
     "_is_full_backward_hook",
@@ -101,7 +102,7 @@ def _build(dense: Any, planned: LayerPlan, plan: Plan) -> TNConv:
     return adopt(layer, dense)
 
 
-def adopt(new: TNConv, old: nn.Module) -> TNConv:
+def adopt(new: L, old: nn.Module) -> L:
     """Return ``new`` with the training mode and the forward and backward hooks of ``old``.
 
     They share the dictionaries of hooks, so that the handle of a hook still removes it.
@@ -119,13 +120,16 @@ def replace_module_(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def merge(model: M) -> M:
-    """Return a copy of ``model`` with the dense layers that its tensor-network layers stand for."""
+    """Return a copy of ``model`` with the dense layers that its tensor-network layers stand for.
+
+    Training mode, ``requires_grad`` and hooks of each layer are kept.
+    """
     if isinstance(model, TNConv):
         raise ValueError("merge wants a model that holds TNConv layers; of a single layer take to_dense()")
     target = copy.deepcopy(model)
     for layer in find_layers(target):
         if isinstance(layer.module, TNConv):
-            dense = layer.module.to_dense()
+            dense = adopt(layer.module.to_dense(), layer.module)
             for name in layer.names:
                 replace_module_(target, name, dense)
     if hasattr(target, "tncompress_plan"):

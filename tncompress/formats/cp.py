@@ -100,11 +100,12 @@ def cp_als(tensor: Tensor, rank: int) -> list[Float[Tensor, "rank _"]]:
     work = tensor.permute(order).contiguous()
     start = _slice_start(work, rank)
     best, error = (start, 0.0) if rank == work[0].numel() else _sweeps(work, start)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for _ in range(RESTARTS if tensor.numel() * rank <= CHEAP else 0):
         if error < GOOD_ENOUGH:
             break
-        random = [torch.randn(rank, size, generator=generator, dtype=torch.float64) for size in work.shape]
+        shapes = [(rank, size) for size in work.shape]
+        random = [torch.randn(s, generator=generator, dtype=torch.float64, device="cpu") for s in shapes]
         fitted, reached = _sweeps(work, [matrix.to(work) for matrix in random], TRIAL)
         if reached < error:
             best, error = _sweeps(work, fitted)
