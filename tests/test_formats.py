@@ -522,6 +522,12 @@ def test_a_layer_that_has_no_plain_kernel_is_refused(layer):
         TNConv.from_dense(layer, SVD(), (1,))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_dense_layer_made_from_another_is_in_its_mode(training):
+    layer = TNConv.from_dense(nn.Conv2d(4, 6, 3), SVD(), (6,)).train(training)
+    assert layer.to_dense().training is training
+
+
 def test_a_layer_does_not_share_its_bias_with_the_dense_one():
     dense = nn.Conv2d(4, 6, 3)
     layer = TNConv.from_dense(dense, SVD(), (6,))
