@@ -105,6 +105,18 @@ class Format(ABC):
         """Return the ranks that the network can really have when ``ranks`` are asked of it."""
         return ranks
 
+    def fit_groups(self, kernels: Tensor, ranks: Ranks) -> Fit:
+        """Return the fit of each kernel in a stack ``(groups, out, in, *spatial)``, all at the same ranks.
+
+        Factors are stacked along a leading axis; ``rel_error`` is that of all kernels together.
+        """
+        fits = [self.fit(kernel, ranks) for kernel in kernels]
+        norms = kernels.detach().double().flatten(1).norm(dim=1).tolist()
+        squared = sum((fit.rel_error * norm) ** 2 for fit, norm in zip(fits, norms, strict=True))
+        total = math.hypot(*norms)
+        factors = (torch.stack(parts) for parts in zip(*(fit.factors for fit in fits), strict=True))
+        return Fit(tuple(factors), math.sqrt(squared) / total if total > 0 else 0.0)
+
     # What follows is derived.
 
     def decompose(self, kernel: Tensor, ranks: Ranks) -> tuple[Tensor, ...]:
