@@ -4,6 +4,7 @@ Shapes and types in the signatures of ``tncompress`` are enforced here and only 
 has to be in place before anything imports the package.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch import nn
 
 install_import_hook("tncompress", "beartype.beartype")
 
-from tncompress.formats import CP, MPS, SVD, Format, Tucker  # noqa: E402 - after the hook
+from tncompress import ranks  # noqa: E402 - after the hook
+from tncompress.formats import CP, MPS, SVD, Format, Tucker  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -45,9 +47,15 @@ def quick_cp(monkeypatch):
     monkeypatch.setattr("tncompress.formats.cp.RESTARTS", 1)
 
 
+def choose(kernel, settings, *, allow_larger=False):
+    """Return what is chosen for a kernel of one group."""
+    limit = math.inf if allow_larger else kernel.numel() - 1
+    return ranks.choose(kernel[None], settings, limit=limit)
+
+
 @dataclass(frozen=True)
 class Geometry:
-    """A layer to be built, the shape of an input, and the shape of its kernel."""
+    """A layer to be built, the shape of an input, and the shape of its kernel (that of one group)."""
 
     make: Callable[..., nn.Module]
     input_shape: tuple[int, ...]
@@ -60,14 +68,16 @@ class Geometry:
         return torch.randn(self.input_shape, dtype=dtype)
 
 
-def _conv(ndim, channels, kernel, lengths, *, batch=(2,), **options):
-    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[ndim]
+def _conv(ndim, channels, kernel, lengths, *, batch=(2,), transposed=False, **options):
+    plain = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[ndim]
+    turned = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[ndim]
     kernel = (kernel,) * ndim if isinstance(kernel, int) else kernel
+    inward, out = (count // options.get("groups", 1) for count in channels)
 
     def make(dtype):
-        return conv(*channels, kernel, dtype=dtype, **options)
+        return (turned if transposed else plain)(*channels, kernel, dtype=dtype, **options)
 
-    return Geometry(make, (*batch, channels[0], *lengths), (channels[1], channels[0], *kernel))
+    return Geometry(make, (*batch, channels[0], *lengths), (out, inward, *kernel))
 
 
 def _linear(features, *, batch=(3,), **options):
@@ -110,6 +120,37 @@ GEOMETRIES: dict[str, Geometry] = {
         3, (3, 5), (2, 3, 4), (5, 5, 6), padding="same", padding_mode="replicate"
     ),
     "3d-unbatched": _conv(3, (4, 5), (3, 1, 2), (4, 5, 4), batch=(), dilation=(1, 2, 2)),
+    "1d-grouped": _conv(1, (6, 9), 4, (12,), groups=3, padding="same", bias=False),
+    "2d-grouped": _conv(2, (8, 12), 3, (7, 9), groups=2, padding=(1, 2), stride=(2, 1), dilation=(1, 2)),
+    "2d-grouped-reflect": _conv(2, (9, 6), (3, 2), (7, 8), groups=3, padding=1, padding_mode="reflect"),
+    "2d-grouped-1x1": _conv(2, (8, 12), 1, (5, 6), groups=4),
+    "2d-depthwise": _conv(2, (6, 6), (3, 4), (7, 8), groups=6, padding=1),
+    "2d-depthwise-multiplied": _conv(
+        2, (4, 12), 3, (7, 8), groups=4, stride=2, padding_mode="circular", padding=1
+    ),
+    "3d-grouped": _conv(3, (4, 6), (2, 3, 1), (5, 6, 4), groups=2, padding=(1, 0, 2), bias=False),
+    "1d-transposed": _conv(1, (6, 5), 4, (9,), transposed=True, stride=3, padding=1, output_padding=2),
+    "2d-transposed": _conv(2, (6, 8), 3, (5, 6), transposed=True, stride=2, padding=1, output_padding=1),
+    "2d-transposed-anisotropic": _conv(
+        2, (8, 6), (2, 3), (6, 5), transposed=True, stride=(3, 1), padding=(0, 2), dilation=(1, 2), bias=False
+    ),
+    "2d-transposed-1x1": _conv(2, (7, 5), 1, (4, 5), transposed=True, stride=2, output_padding=(1, 0)),
+    "2d-transposed-1x3": _conv(2, (5, 7), (1, 3), (4, 5), transposed=True, stride=(2, 2), padding=(0, 1)),
+    "2d-transposed-grouped": _conv(
+        2, (6, 9), (4, 2), (4, 5), transposed=True, groups=3, stride=2, padding=(1, 0), output_padding=(0, 1)
+    ),
+    "2d-transposed-depthwise": _conv(2, (4, 4), 4, (5, 4), transposed=True, groups=4, stride=2, padding=1),
+    "2d-transposed-unbatched": _conv(2, (5, 4), 3, (5, 6), transposed=True, batch=(), stride=(1, 2)),
+    "3d-transposed": _conv(
+        3,
+        (4, 3),
+        (3, 2, 2),
+        (3, 4, 3),
+        transposed=True,
+        stride=(1, 2, 2),
+        padding=(1, 0, 1),
+        dilation=(2, 1, 1),
+    ),
 }
 """Layers of every kind, by name; small, and with no two sizes alike where that could hide a mistake."""
 

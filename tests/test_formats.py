@@ -45,15 +45,15 @@ def some_ranks(format: Format, shape) -> list[tuple[int, ...]]:
     return sorted({ranks_at(format, shape, fraction) for fraction in fractions})
 
 
-def random_factors(format: Format, shape, ranks, dtype=torch.float64) -> list[torch.Tensor]:
-    return [torch.randn(size, dtype=dtype) for size in format.factor_shapes(shape, ranks)]
+def random_factors(format: Format, shape, ranks, dtype=torch.float64, groups=1) -> list[torch.Tensor]:
+    return [torch.randn(size, dtype=dtype) for size in format.factor_shapes(shape, ranks, groups)]
 
 
 def random_layer(format: Format, dense: nn.Module, fraction: float) -> TNConv:
     """A layer of random factors in the place of ``dense``: any network will do where no fit is asked for."""
     geometry = ConvGeometry.of(dense)
     ranks = ranks_at(format, geometry.kernel_shape, fraction)
-    factors = random_factors(format, geometry.kernel_shape, ranks, dense.weight.dtype)
+    factors = random_factors(format, geometry.kernel_shape, ranks, dense.weight.dtype, geometry.groups)
     return TNConv(format, geometry, factors, dense.bias.detach().clone() if dense.bias is not None else None)
 
 
@@ -294,8 +294,7 @@ def test_a_fit_keeps_the_dtype_and_leaves_the_kernel_alone(format, dtype):
         assert not factor.requires_grad
         assert bool(factor.isfinite().all())
     rebuilt = format.to_dense([factor.double() for factor in fit.factors], kernel.shape)
-    rounding = 8 * torch.finfo(dtype).eps
-    assert relative(rebuilt, before.double()) == pytest.approx(fit.rel_error, abs=rounding)
+    assert relative(rebuilt, before.double()) == pytest.approx(fit.rel_error, rel=1e-6, abs=1e-7)
 
 
 @every_format
@@ -360,18 +359,13 @@ def test_a_kernel_of_lower_rank_than_the_bonds_gives_harmless_factors(format):
 @every_tree_and_shape
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
 def test_bonds_are_split_evenly(format, shape, fraction):
-    """The two sides of a bond have the same Gram matrix: gradient flow keeps what differs between them.
-
-    Where several bonds are truncated, cutting one takes a little from the others.
-    """
+    """The two sides of a bond have the same Gram matrix: gradient flow keeps what differs between them."""
     kernel = 100 * torch.randn(shape, dtype=torch.float64)
     ranks = ranks_at(format, shape, fraction)
     factors, network = format.fit(kernel, ranks).factors, format.network(shape)
     for i in range(len(ranks)):
         left, right = (gram(network, factors, side, f"r{i}") for side in side_of(format, shape, f"r{i}"))
-        assert 1 / 3 < float(left.trace() / right.trace()) < 3
-        if len(ranks) == 1 or fraction == 1:
-            assert_close(left, right, rtol=1e-8, atol=1e-10)
+        assert_close(left, right, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("format", [CP(), CP(merged=True)], ids=str)
@@ -513,12 +507,10 @@ def test_factors_that_do_not_make_a_network_are_refused():
 
 
 @pytest.mark.parametrize(
-    "layer",
-    [nn.Conv2d(4, 4, 3, groups=2), nn.ReLU(), nn.ConvTranspose2d(4, 4, 3)],
-    ids=lambda m: type(m).__name__,
+    "layer", [nn.ReLU(), nn.Bilinear(4, 4, 3), nn.Embedding(4, 3)], ids=lambda m: type(m).__name__
 )
-def test_a_layer_that_has_no_plain_kernel_is_refused(layer):
-    with pytest.raises(ValueError, match="wanted an ungrouped convolution or a linear layer"):
+def test_a_layer_that_has_no_kernel_is_refused(layer):
+    with pytest.raises(ValueError, match="wanted a convolution or a linear layer"):
         TNConv.from_dense(layer, SVD(), (1,))
 
 

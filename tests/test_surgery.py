@@ -284,7 +284,7 @@ def test_a_compressed_model_is_left_alone(model, x):
     small = tnc.compress(model, SPEC)
     again = tnc.compress(small, {"default": {"format": "cp"}})
     assert torch.equal(again(x), small(x))
-    assert {s.reason for s in again.tncompress_plan.skipped if s.name == "a"} == {"already compressed"}
+    assert all("already compressed" in s.reason for s in again.tncompress_plan.skipped if s.name == "a")
 
 
 @pytest.mark.parametrize("format", FORMATS)

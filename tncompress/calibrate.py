@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tncompress.discovery import eval_mode, find_layers, input_of_call
+from tncompress.discovery import copy_model, eval_mode, find_layers, input_of_call
 from tncompress.layers import TNConv
 
 M = TypeVar("M", bound=nn.Module)
@@ -31,7 +31,7 @@ def repair(
     it must be a loader or a list, not a generator; a batch is a tensor, or a tuple or mapping whose first
     item is the input. Labels are never looked at.
     """
-    repaired = copy.deepcopy(small)
+    repaired = copy_model(small)
     if bias:
         correct_bias_(repaired, dense, batches)
     if batchnorm:

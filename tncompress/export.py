@@ -173,7 +173,8 @@ def _describe(names: tuple[str, ...], layer: TNConv) -> dict[str, Any]:
 def _empty_layer(fields: Mapping[str, Any]) -> TNConv:
     format, geometry = make_format(fields["format"]), ConvGeometry.from_dict(fields["geometry"])
     ranks = format.check_ranks(geometry.kernel_shape, fields["ranks"])
-    factors = [torch.zeros(shape) for shape in format.factor_shapes(geometry.kernel_shape, ranks)]
+    shapes = format.factor_shapes(geometry.kernel_shape, ranks, geometry.groups)
+    factors = [torch.zeros(shape) for shape in shapes]
     bias = torch.zeros(geometry.out_channels) if fields["bias"] else None
     return TNConv(format, geometry, factors, bias, rel_error=fields["rel_error"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tncompress.discovery import copy_model
 from tncompress.layers import TNConv
 from tncompress.measure import device_of, evaluate, recovery
 from tncompress.spec import explain
@@ -160,8 +160,8 @@ def finetune(
     """
     config = FinetuneConfig.parse(config)
     device = torch.device(device) if device is not None else device_of(small)
-    tuned = copy.deepcopy(small).to(device)
-    teacher = copy.deepcopy(teacher).to(device) if teacher is not None else None
+    tuned = copy_model(small).to(device)
+    teacher = copy_model(teacher).to(device) if teacher is not None else None
     with torch.random.fork_rng():  # a DataLoader draws from the global generator at each pass
         start = evaluate(tuned, val_loader).accuracy if val_loader is not None else None
         both = val_loader is not None and teacher is not None

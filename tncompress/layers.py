@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tncompress.contraction import chain_calls, run_chain
+from tncompress.contraction import ConvCall, chain_calls, run_chain
 from tncompress.formats.base import Format
 from tncompress.geometry import ConvGeometry
 
 
-class TNConv(nn.Module):
-    """A 1d, 2d or 3d convolution, or a linear layer, whose kernel is a tensor network.
+def _of_torch(name: str) -> property:
+    """Return an attribute that torch's layer of this geometry has, read-only: the chain is made for it."""
 
-    Parameters are ``factors`` (shapes: ``format.factor_shapes``) and ``bias`` (or None). Inputs and outputs
-    are those of the dense layer of the same ``geometry``.
+    def read(layer: TNConv) -> Any:
+        arguments = layer.geometry.torch_arguments()
+        if name not in arguments:
+            raise AttributeError(f"a TNConv in the place of this layer has no attribute {name!r}")
+        return arguments[name]
+
+    return property(read)
+
+
+class TNConv(nn.Module):
+    """A 1d, 2d or 3d convolution, plain or transposed, or a linear layer, whose kernel is a tensor network.
+
+    Parameters are ``factors`` (shapes: ``format.factor_shapes``; those of several groups are stacked along a
+    leading axis) and ``bias`` (or None). Inputs and outputs are those of the dense layer of the same
+    ``geometry``, whose attributes (``in_channels``, ``stride``, ...) can be read here, too.
 
     >>> from tncompress import MPS
     >>> conv = nn.Conv2d(8, 16, 3, padding=1)
@@ -26,6 +40,12 @@ class TNConv(nn.Module):
     >>> torch.allclose(layer(x), conv(x), atol=1e-5)
     True
     """
+
+    in_channels, out_channels = _of_torch("in_channels"), _of_torch("out_channels")
+    in_features, out_features = _of_torch("in_features"), _of_torch("out_features")
+    kernel_size, stride, dilation = _of_torch("kernel_size"), _of_torch("stride"), _of_torch("dilation")
+    padding, padding_mode = _of_torch("padding"), _of_torch("padding_mode")
+    output_padding, groups = _of_torch("output_padding"), _of_torch("groups")
 
     def __init__(
         self,
@@ -52,18 +72,37 @@ class TNConv(nn.Module):
         geometry = ConvGeometry.of(layer)
         dense: Any = layer
         weight, bias = dense.weight.detach(), dense.bias
-        fit = format.fit(weight, format.check_ranks(geometry.kernel_shape, ranks))
+        ranks = format.check_ranks(geometry.kernel_shape, ranks)
+        fit = format.fit_groups(geometry.kernels(weight), ranks)
         copied = bias.detach().clone() if bias is not None else None
         return cls(format, geometry, fit.factors, copied, rel_error=fit.rel_error)
 
     @property
     def weight(self) -> Tensor:
-        """The dense kernel ``(out, in, *spatial)`` that the factors stand for, rebuilt at each access."""
-        return self.format.to_dense(list(self.factors), self.geometry.kernel_shape)
+        """The dense weight that the factors stand for, shaped as torch's, rebuilt at each access."""
+        shape, groups = self.geometry.kernel_shape, self.geometry.groups
+        kernels = self.format.to_dense(list(self.factors), shape)
+        return self.geometry.weight(kernels if groups > 1 else kernels[None])
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the output of the chain of convolutions (``input`` is what torch's layers call it, too)."""
-        return run_chain(input, list(self.factors), self.stages, self._calls, self.bias)
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Return the output of the chain of convolutions (``input`` is what torch's layers call it, too).
+
+        ``output_size``, of a transposed convolution only, is what torch's layers take: the spatial size
+        wanted, where the stride leaves a choice.
+        """
+        calls = self._calls if output_size is None else self._calls_for(input, output_size)
+        groups = self.geometry.groups
+        return run_chain(input, list(self.factors), self.stages, calls, self.bias, groups=groups)
+
+    def _calls_for(self, input: Tensor, output_size: Sequence[int]) -> tuple[ConvCall, ...]:
+        geometry = self.geometry
+        if not geometry.transposed:
+            raise TypeError("output_size is for transposed convolutions, which this layer is not")
+        lengths = input.shape[input.ndim - geometry.ndim :]
+        if len(output_size) not in (geometry.ndim, input.ndim):
+            raise ValueError(f"wanted an output size of {geometry.ndim} numbers, got {tuple(output_size)}")
+        extra = geometry.output_padding_for(lengths, output_size[len(output_size) - geometry.ndim :])
+        return chain_calls(replace(geometry, output_padding=extra), self.stages)
 
     def to_dense(self) -> nn.Module:
         """Return a fresh dense layer (``nn.Conv2d``, ``nn.Linear`` ...) with the same kernel and bias."""
@@ -79,24 +118,27 @@ class TNConv(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe format, ranks and geometry in the printed module."""
-        shape = "x".join(map(str, self.geometry.kernel_shape))
-        return f"{self.format}, kernel={shape}, ranks={self.ranks}, bias={self.bias is not None}"
+        shape = "x".join(map(str, self.geometry.weight_shape))
+        made = f"{self.format}, kernel={shape}, ranks={self.ranks}, bias={self.bias is not None}"
+        made += f", groups={self.groups}" if self.geometry.groups > 1 else ""
+        return made + (", transposed" if self.geometry.transposed else "")
 
 
 def _ranks_of(format: Format, geometry: ConvGeometry, factors: Sequence[Tensor]) -> tuple[int, ...]:
-    network = format.network(geometry.kernel_shape)
-    if len(network) != len(factors) or any(len(n) != f.ndim for n, f in zip(network, factors, strict=False)):
-        raise ValueError(
-            f"{format} wants factors with legs {network}, got {[tuple(f.shape) for f in factors]}"
-        )
+    shape, groups = geometry.kernel_shape, geometry.groups
+    network, stacked = format.network(shape), int(groups > 1)
+    legs_fit = len(network) == len(factors) and all(
+        len(legs) + stacked == factor.ndim for legs, factor in zip(network, factors, strict=True)
+    )
+    got = tuple(tuple(factor.shape) for factor in factors)
+    if not legs_fit:
+        before = f" after an axis of {groups} groups" if stacked else ""
+        raise ValueError(f"{format} wants factors with legs {network}{before}, got {got}")
     found: dict[str, int] = {}
-    for legs, factor in zip(network, factors, strict=True):
-        found |= {leg: size for leg, size in zip(legs, factor.shape, strict=True) if leg.startswith("r")}
+    for legs, sizes in zip(network, got, strict=True):
+        found |= {leg: n for leg, n in zip(legs, sizes[stacked:], strict=True) if leg.startswith("r")}
     ranks = tuple(found[f"r{i}"] for i in range(len(found)))
-    wanted = format.factor_shapes(geometry.kernel_shape, ranks)
-    if wanted != tuple(tuple(factor.shape) for factor in factors):
-        raise ValueError(
-            f"{format} on a kernel {geometry.kernel_shape} wants factors {wanted}, "
-            f"got {tuple(tuple(factor.shape) for factor in factors)}"
-        )
+    wanted = format.factor_shapes(shape, ranks, groups)
+    if wanted != got:
+        raise ValueError(f"{format} on a kernel {shape} wants factors {wanted}, got {got}")
     return ranks

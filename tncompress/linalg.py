@@ -61,7 +61,13 @@ def _svd_wide(matrix: Float[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def singular_values(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " k"]:
-    """Return the singular values of ``matrix``, largest first, in its own dtype."""
+    """Return the singular values of ``matrix``, largest first, in its own dtype.
+
+    A matrix without values, on the meta device, counts as having equal ones, and norm 1.
+    """
+    if matrix.is_meta:
+        k = min(matrix.shape)
+        return torch.full((k,), k**-0.5, dtype=matrix.dtype, device="cpu")
     short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     eigenvalues = torch.linalg.eigvalsh(short @ short.mT).flip(0)
     if bool(eigenvalues[-1] <= GRAM_FLOOR * eigenvalues[0]):

@@ -22,19 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer. MACs are those of one forward pass on the example inputs, if any."""
+    """What becomes of one layer. MACs are those of one forward pass on the example inputs, if any.
+
+    ``rel_error`` and ``digest`` (of the weights that the plan was made for) are None where a plan was made
+    without weights. ``params_dense`` is what the layer holds before: of one that was compressed already, its
+    factors.
+    """
 
     names: tuple[str, ...]
     kind: str
     geometry: ConvGeometry
     format: Format
     ranks: tuple[int, ...]
-    rel_error: float
+    rel_error: float | None
     params: int
     params_dense: int
     macs: int | None
     macs_dense: int | None
-    digest: str
+    digest: str | None
 
     @property
     def name(self) -> str:
@@ -43,8 +48,8 @@ class LayerPlan:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the dense kernel."""
-        return self.geometry.kernel_shape
+        """The shape of the dense layer's weight."""
+        return self.geometry.weight_shape
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values that JSON can hold."""
@@ -201,7 +206,8 @@ def _row(layer: LayerPlan | Skip) -> tuple[str, ...]:
     if layer.macs is not None:
         cost = f"{dense_cost} → {count(layer.macs)}", ratio(layer.macs_dense, layer.macs)
     ranks = " ".join(map(str, layer.ranks))
-    error, fewer = f"{layer.rel_error:.4f}", ratio(layer.params_dense, layer.params)
+    error = f"{layer.rel_error:.4f}" if layer.rel_error is not None else "no weights"
+    fewer = ratio(layer.params_dense, layer.params)
     return *head, escape(str(layer.format)), ranks, error, size, fewer, *cost
 
 

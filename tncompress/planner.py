@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tncompress.contraction import chain_macs, dense_macs, macs_ratio
-from tncompress.discovery import Layer, find_layers, input_shapes
-from tncompress.formats import Fit
+from tncompress.discovery import Layer, find_layers, input_shapes, refuse_wrapped
+from tncompress.formats import Fit, Stage
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
 from tncompress.plan import LayerPlan, Plan, Skip
@@ -36,10 +37,13 @@ def make_plan(
     ``example_inputs`` (a tensor, a tuple of arguments or a mapping of keyword arguments) is run once to
     count MACs; a layer that would take more of them than the dense one on these inputs then stays dense, too.
     A pattern that matches no layer, ranks that a kernel can't have, and NaN or infinity in a kernel are a
-    ``ValueError`` that names the layer.
+    ``ValueError`` that names the layer; so is a model inside of a wrapper (``torch.compile``, DDP). A model
+    on the meta device can be planned with the policies ``fixed`` and ``params_ratio``: ranks are then those
+    of flat spectra, and errors unknown.
     """
     spec = Spec.parse(spec)
-    layers = find_layers(model)
+    refuse_wrapped(model)
+    layers = find_layers(model, spec.include)
     kept = _kept_dense(spec, layers)
     calls = input_shapes(model, layers, example_inputs) if example_inputs is not None else {}
     decided: list[LayerPlan | Skip] = []
@@ -52,8 +56,10 @@ def make_plan(
         if reason is None:
             made = _plan_layer(layer, rule, spec, calls.get(layer.name))
             if isinstance(made, tuple):
-                decided.append(made[0])
-                fits[layer.name] = made[1]
+                planned, fit = made
+                decided.append(planned)
+                if fit is not None:
+                    fits[layer.name] = fit
                 continue
             reason = made
         decided.append(_skip(layer, reason, calls.get(layer.name)))
@@ -68,35 +74,34 @@ def digest_of(kernel: Tensor) -> str:
 
 def _plan_layer(
     layer: Layer, settings: Settings, spec: Spec, calls: Calls | None
-) -> tuple[LayerPlan, Fit] | str:
+) -> tuple[LayerPlan, Fit | None] | str:
     """Return the plan of one layer with its fit, or the reason why it stays dense."""
-    kernel: Tensor = layer.module.weight.detach()
-    where = f"layer {layer.name!r} with kernel {tuple(kernel.shape)}"
-    if kernel.is_meta:
-        raise ValueError(f"{where} is on the meta device: load the weights before planning")
-    if not bool(torch.isfinite(kernel).all()):
+    weight, geometry, format = layer.weight(), layer.geometry, settings.format
+    where = describe(layer.name, weight)
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{where} holds NaN or infinity: mend the weights, or keep the layer dense")
-    geometry, format = ConvGeometry.of(layer.module), settings.format
     try:
         format.max_ranks(geometry.kernel_shape)
     except ValueError as error:
         return str(error)
+    limit = math.inf if spec.allow_larger else layer.params - 1
     try:
-        ranks, fit = choose(kernel, settings, allow_larger=spec.allow_larger)
+        with memory_for(where):
+            ranks, fit = choose(geometry.kernels(weight), settings, limit=limit)
     except NoRanks as reason:
         return str(reason)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     stages = format.stages(geometry.kernel_shape, ranks)
-    if not spec.allow_larger and macs_ratio(geometry, stages) >= 1:
-        return f"{format} at ranks {ranks} would take {macs_ratio(geometry, stages):.2f}x the dense MACs"
+    now = layer.module.stages if isinstance(layer.module, TNConv) else None
+    more = macs_ratio(geometry, stages) / (macs_ratio(geometry, now) if now else 1)
+    if not spec.allow_larger and more >= 1:
+        return f"{format} at ranks {ranks} would take {more:.2f}x the {'present' if now else 'dense'} MACs"
     macs = macs_dense = None
     if calls is not None:
-        sizes = [_samples_and_lengths(shape, geometry.ndim) for shape in calls]
-        macs = sum(chain_macs(geometry, stages, lengths, samples) for samples, lengths in sizes)
-        macs_dense = _layer_macs(layer.module, calls)
+        macs, macs_dense = _chain_macs(geometry, stages, calls), _layer_macs(layer, calls)
         if not spec.allow_larger and macs >= macs_dense > 0:
-            excess = f"{macs / macs_dense:.2f}x the dense MACs"
+            excess = f"{macs / macs_dense:.2f}x the {'present' if now else 'dense'} MACs"
             return f"{format} at ranks {ranks} would take {excess} on the example inputs"
     planned = LayerPlan(
         names=layer.names,
@@ -104,42 +109,51 @@ def _plan_layer(
         geometry=geometry,
         format=format,
         ranks=ranks,
-        rel_error=fit.rel_error,
-        params=sum(factor.numel() for factor in fit.factors),
-        params_dense=kernel.numel(),
+        rel_error=fit.rel_error if fit is not None else None,
+        params=format.num_params(geometry.kernel_shape, ranks, geometry.groups),
+        params_dense=layer.params,
         macs=macs,
         macs_dense=macs_dense,
-        digest=digest_of(kernel),
+        digest=digest_of(weight) if fit is not None else None,
     )
     return planned, fit
 
 
+def describe(name: str, weight: Tensor) -> str:
+    """Return how errors speak of a layer."""
+    return f"layer {name!r} with kernel {tuple(weight.shape)}"
+
+
+@contextmanager
+def memory_for(where: str) -> Iterator[None]:
+    """Turn whatever torch raises where memory is short into a ``MemoryError`` that names the layer."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = "not enough memory", "out of memory", "can't allocate memory"
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+            raise
+        hint = "free memory, move the model to the CPU, or keep the layer dense by a rule"
+        raise MemoryError(f"out of memory while decomposing {where}: {hint}") from error
+
+
 def _skip(layer: Layer, reason: str, calls: Calls | None) -> Skip:
-    module = layer.module
-    if isinstance(module, TNConv):
-        shape, params = module.geometry.kernel_shape, sum(factor.numel() for factor in module.factors)
-    else:
-        shape = tuple(module.weight.shape)
-        params = math.prod(shape)
-    macs = _layer_macs(module, calls) if calls is not None else None
-    return Skip(layer.names, layer.kind, shape, reason, params, macs)
+    macs = _layer_macs(layer, calls) if calls is not None else None
+    return Skip(layer.names, layer.kind, layer.geometry.weight_shape, reason, layer.params, macs)
 
 
-def _layer_macs(module: Any, calls: Calls) -> int:
-    """Return the multiply-accumulates of a layer, dense or compressed, over its calls."""
-    if isinstance(module, TNConv):
-        sizes = [_samples_and_lengths(shape, module.geometry.ndim) for shape in calls]
-        return sum(chain_macs(module.geometry, module.stages, lengths, samples) for samples, lengths in sizes)
-    weight = module.weight.numel()
-    if isinstance(module, nn.Linear):
-        return sum(weight * math.prod(shape[:-1]) for shape in calls)
-    ndim = len(module.kernel_size)
-    sizes = [_samples_and_lengths(shape, ndim) for shape in calls]
-    if getattr(module, "transposed", False):
-        return sum(samples * weight * math.prod(lengths) for samples, lengths in sizes)
-    geometry = ConvGeometry.shape_of(module)
-    per_group = [dense_macs(geometry, lengths, samples) for samples, lengths in sizes]
-    return sum(per_group) // module.groups
+def _layer_macs(layer: Layer, calls: Calls) -> int:
+    """Return the multiply-accumulates of a layer as it is, dense or compressed, over its calls."""
+    geometry = layer.geometry
+    if isinstance(layer.module, TNConv):
+        return _chain_macs(geometry, layer.module.stages, calls)
+    sizes = [_samples_and_lengths(shape, geometry.ndim) for shape in calls]
+    return sum(dense_macs(geometry, lengths, samples) for samples, lengths in sizes)
+
+
+def _chain_macs(geometry: ConvGeometry, stages: Sequence[Stage], calls: Calls) -> int:
+    sizes = [_samples_and_lengths(shape, geometry.ndim) for shape in calls]
+    return sum(chain_macs(geometry, stages, lengths, samples) for samples, lengths in sizes)
 
 
 def _samples_and_lengths(shape: tuple[int, ...], ndim: int) -> tuple[int, tuple[int, ...]]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 from torch import Tensor
 
@@ -31,38 +31,45 @@ class NoRanks(Exception):  # noqa: N818 - a verdict on a layer, which the plan t
     """No ranks satisfy the policy within the size that is allowed; the message is the reason."""
 
 
-def choose(kernel: Tensor, settings: Settings, *, allow_larger: bool = False) -> tuple[Ranks, Fit]:
-    """Return the ranks that ``settings`` ask for on ``kernel``, and the fit there.
+def choose(kernels: Tensor, settings: Settings, *, limit: int | float) -> tuple[Ranks, Fit | None]:
+    """Return the ranks that ``settings`` ask for on a stack of ``kernels``, and the fit there.
 
-    Unless ``allow_larger``, factors with as many parameters as the kernel are refused: :class:`NoRanks`
-    says why. Ranks that the format cannot have are a ``ValueError``.
+    ``kernels`` is ``(groups, out, in, *spatial)``; its groups get the same ranks. Factors with more
+    parameters than ``limit`` are refused: :class:`NoRanks` says why. Ranks that the format cannot have are a
+    ``ValueError``. Of kernels on the meta device there is no fit, nor a policy on the error: their ranks are
+    those of kernels with flat spectra.
     """
     format, policy = settings.format, settings.rank
-    limit = math.inf if allow_larger else kernel.numel() - 1
+    groups, *shape = kernels.shape
     if isinstance(policy, FixedRank):
-        ranks = _fixed(format, kernel, policy)
-        params = format.num_params(tuple(kernel.shape), ranks)
+        ranks = _fixed(format, tuple(shape), policy)
+        params = format.num_params(tuple(shape), ranks, groups)
         if params > limit:
-            raise NoRanks(
-                f"{format} at ranks {ranks} would hold {params:,} parameters, dense {kernel.numel():,}"
-            )
-        return ranks, format.fit(kernel, ranks)
-    paths = RankPath(kernel, settings).with_variants()
+            raise NoRanks(f"{format} at ranks {ranks} would hold {params:,} parameters, now {limit + 1:,}")
+        return ranks, _fit(format, kernels, ranks)
+    if kernels.is_meta and not isinstance(policy, ParamsRatio):
+        raise ValueError(f"{policy.tag} needs its weights: load them, or plan with params_ratio or fixed")
+    paths = RankPath(kernels, settings).with_variants()
     if isinstance(policy, ParamsRatio):
-        within = min(limit, policy.ratio * kernel.numel())
+        within = min(limit, policy.ratio * kernels.numel())
         return _best(
-            [partial(path.largest_within, within) for path in paths], lambda ranks, fit: fit.rel_error
+            [partial(path.largest_within, within) for path in paths],
+            lambda ranks, fit: fit.rel_error if fit is not None else 0,
         )
     error = _allowed_error(policy)
     return _best(
         [partial(path.smallest_reaching, error, limit) for path in paths],
-        lambda ranks, fit: format.num_params(tuple(kernel.shape), ranks),
+        lambda ranks, fit: format.num_params(tuple(shape), ranks),
     )
 
 
+def _fit(format: Format, kernels: Tensor, ranks: Ranks) -> Fit | None:
+    return None if kernels.is_meta else format.fit_groups(kernels, ranks)
+
+
 def _best(
-    attempts: list[Callable[[], tuple[Ranks, Fit]]], cost: Callable[[Ranks, Fit], float]
-) -> tuple[Ranks, Fit]:
+    attempts: Sequence[Callable[[], tuple[Ranks, Fit | None]]], cost: Callable[[Ranks, Fit | None], float]
+) -> tuple[Ranks, Fit | None]:
     """Return the cheapest result of the attempts that have one; raise the first verdict if none has."""
     found, verdicts = [], []
     for attempt in attempts:
@@ -83,21 +90,20 @@ def _allowed_error(policy: RankPolicy) -> float:
     raise TypeError(f"unknown rank policy {policy!r}")
 
 
-def _fixed(format: Format, kernel: Tensor, policy: FixedRank) -> Ranks:
-    shape = tuple(kernel.shape)
+def _fixed(format: Format, shape: tuple[int, ...], policy: FixedRank) -> Ranks:
     bonds = len(format.max_ranks(shape))
     asked = (policy.ranks,) * bonds if isinstance(policy.ranks, int) else tuple(policy.ranks)
     return format.feasible(shape, format.check_ranks(shape, asked))
 
 
 class RankPath:
-    """The candidate ranks for one kernel, numbered from the smallest to the full ones."""
+    """The candidate ranks for a stack of kernels, numbered from the smallest to the full ones."""
 
-    def __init__(self, kernel: Tensor, settings: Settings) -> None:
-        self.kernel, self.format, self.shape = kernel, settings.format, tuple(kernel.shape)
-        self.params = _params_function(self.format, self.shape)
+    def __init__(self, kernels: Tensor, settings: Settings) -> None:
+        self.kernels, self.format, self.shape = kernels, settings.format, tuple(kernels.shape[1:])
+        self.params = _params_function(self.format, self.shape, len(kernels))
         self.grids = [_grid(top, settings) for top in self.format.max_ranks(self.shape)]
-        spectra = self.format.spectra(kernel)
+        spectra = self.format.spectra_of_groups(kernels)
         self.tails = [tail_energies(s).tolist() for s in spectra] if spectra is not None else None
         if self.tails is None:
             self.levels: list[float] = [*range(len(self.grids[0]))]
@@ -130,7 +136,7 @@ class RankPath:
             ranks.append(grid[min(place, len(grid) - 1)])
         return self.format.feasible(self.shape, tuple(ranks))
 
-    def largest_within(self, limit: int | float) -> tuple[Ranks, Fit]:
+    def largest_within(self, limit: int | float) -> tuple[Ranks, Fit | None]:
         """Return the last ranks with at most ``limit`` parameters, bonds raised to fill it, and the fit."""
         index = bisect_right(range(len(self)), limit, key=lambda i: self.params(self[i])) - 1
         if index < 0:
@@ -140,27 +146,43 @@ class RankPath:
                 f"allowed {int(limit):,}"
             )
         ranks = self._filled(self[index], limit)
-        return ranks, self.format.fit(self.kernel, ranks)
+        return ranks, _fit(self.format, self.kernels, ranks)
 
     def smallest_reaching(self, error: float, limit: int | float) -> tuple[Ranks, Fit]:
         """Return the first ranks whose relative error is at most ``error``, with the fit there."""
-        fits: dict[Ranks, Fit] = {}
-
-        def reaches(ranks: Ranks) -> bool:
-            if self.tails is not None:
-                total = self.tails[0][0] or 1.0
-                return sum(t[r] for t, r in zip(self.tails, ranks, strict=True)) <= error**2 * total
-            fits[ranks] = self.format.fit(self.kernel, ranks)
-            return fits[ranks].rel_error <= error
-
-        affordable = bisect_right(range(len(self)), limit, key=lambda i: self.params(self[i]))
-        index = bisect_left(range(affordable), True, key=lambda i: reaches(self[i]))
-        if index == affordable:
+        affordable = range(bisect_right(range(len(self)), limit, key=lambda i: self.params(self[i])))
+        search = self._first_fitting if self.tails is None else self._first_bounded
+        found = search(affordable, error)
+        if found is None:
             raise NoRanks(
-                f"{self.format} needs the size of the dense kernel for a relative error of {error:.3g}"
+                f"{self.format} needs no fewer parameters than now for a relative error of {error:.3g}"
             )
-        ranks = self[index]
-        return ranks, fits.get(ranks) or self.format.fit(self.kernel, ranks)
+        return found
+
+    def _first_fitting(self, indices: range, error: float) -> tuple[Ranks, Fit] | None:
+        fit = cache(lambda index: self.format.fit_groups(self.kernels, self[index]))
+        index = bisect_left(indices, True, key=lambda i: fit(i).rel_error <= error)
+        return (self[index], fit(index)) if index < len(indices) else None
+
+    def _first_bounded(self, indices: range, error: float) -> tuple[Ranks, Fit] | None:
+        """Return the first ranks whose tails keep to ``error``, tightened by what a short dtype adds."""
+        allowed = error**2
+        while allowed > 0:
+            index = bisect_left(indices, True, key=lambda i: self._bound(self[i]) <= allowed)
+            if index == len(indices):
+                return None
+            fit = self.format.fit_groups(self.kernels, self[index])
+            excess = fit.rel_error**2 - error**2
+            if excess <= 1e-9 * error**2:
+                return self[index], fit
+            allowed -= max(1.1 * excess, 0.01 * error**2)
+        return None
+
+    def _bound(self, ranks: Ranks) -> float:
+        """Return the sum of the discarded weights, relative: it bounds the squared error."""
+        assert self.tails is not None
+        total = self.tails[0][0] or 1.0
+        return sum(tail[rank] for tail, rank in zip(self.tails, ranks, strict=True)) / total
 
     def _filled(self, ranks: Ranks, limit: int | float) -> Ranks:
         """Return ``ranks`` with single bonds raised, the most weight per parameter first, while it fits."""
@@ -186,7 +208,7 @@ def _grid(top: int, settings: Settings) -> list[int]:
     return [*range(first, top, settings.round_to), top]
 
 
-def _params_function(format: Format, shape: tuple[int, ...]) -> Callable[[Ranks], int]:
+def _params_function(format: Format, shape: tuple[int, ...], groups: int) -> Callable[[Ranks], int]:
     """Return a quick ``ranks -> number of parameters``: a sum over factors of products of their bonds."""
     bonds = len(format.max_ranks(shape))
     sizes = format.factor_shapes(shape, (1,) * bonds)
@@ -194,4 +216,4 @@ def _params_function(format: Format, shape: tuple[int, ...]) -> Callable[[Ranks]
         (math.prod(size), [i for i in range(bonds) if f"r{i}" in legs])
         for size, legs in zip(sizes, format.network(shape), strict=True)
     ]
-    return lambda ranks: sum(constant * math.prod(ranks[i] for i in which) for constant, which in terms)
+    return lambda ranks: groups * sum(c * math.prod(ranks[i] for i in which) for c, which in terms)

@@ -173,6 +173,12 @@ class Rule(Settings):
 class Spec(BaseModel):
     """What to compress, how, and what to leave dense.
 
+    ``keep_dense`` holds names, patterns, and the words ``stem`` and ``classifier`` for the first and the last
+    layer. ``include`` says what of the following, which is left alone otherwise, is compressed, too:
+    ``depthwise`` convolutions; ``subclasses`` of torch's layers that do not change its forward pass;
+    ``parametrized`` layers (weight norm, spectral norm), whose weight is made plain; layers that are
+    ``compressed`` already, again. ``allow_larger`` lets factors hold more parameters than the kernel.
+
     >>> spec = Spec(default=Settings(format="tucker", rank=Energy(0.9)))
     >>> Spec.parse(spec.to_dict()) == spec
     True
@@ -184,6 +190,7 @@ class Spec(BaseModel):
     default: Settings = Settings()
     rules: tuple[Rule, ...] = ()
     keep_dense: tuple[str, ...] = KEEP_DENSE
+    include: tuple[Literal["depthwise", "subclasses", "parametrized", "compressed"], ...] = ()
     allow_larger: bool = False
 
     @model_validator(mode="after")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
-from tncompress.discovery import find_layers
-from tncompress.geometry import ConvGeometry
+from tncompress.discovery import NORM_HOOKS, Layer, copy_model, find_layers, refuse_wrapped
 from tncompress.layers import TNConv
 from tncompress.plan import LayerPlan, Plan
-from tncompress.planner import digest_of, make_plan
+from tncompress.planner import describe, digest_of, make_plan, memory_for
 from tncompress.spec import Spec
 from tncompress.tables import watched
 
@@ -54,63 +54,86 @@ def compress(
     >>> small(torch.randn(1, 3, 8, 8)).shape
     torch.Size([1, 4, 4, 4])
     """
+    refuse_wrapped(model)
     plan = spec
     if not isinstance(plan, Plan):
         plan = make_plan(model, plan, example_inputs=example_inputs, progress=progress)
-    target = model if inplace else copy.deepcopy(model)
-    dense = {layer.name: layer for layer in find_layers(target)}
-    made: list[tuple[tuple[str, ...], TNConv]] = []
+    target = model if inplace else copy_model(model)
+    found = {layer.name: layer for layer in find_layers(target, plan.spec.include)}
+    made: dict[str, tuple[LayerPlan, TNConv]] = {}
     for planned in watched(plan.compressed, "compressing", show=progress):
-        layer = dense.get(planned.name)
+        layer = found.get(planned.name)
         if layer is None or layer.obstacle or layer.names != planned.names:
             why = (
                 "there is no such layer" if layer is None else layer.obstacle or f"it is named {layer.names}"
             )
             raise ValueError(f"the plan does not fit this model at layer {planned.name!r}: {why}")
-        made.append((planned.names, _build(layer.module, planned, plan)))
-    for names, compressed in made:
-        for name in names:
-            replace_module_(target, name, compressed)
-    cast(Any, target).tncompress_plan = Plan(plan.layers, plan.spec, plan.params_model)
+        made[planned.name] = _build(layer, planned, plan)
+    replace_all_(target, {name: new for planned, new in made.values() for name in planned.names})
+    layers = tuple(made[layer.name][0] if layer.name in made else layer for layer in plan.layers)
+    cast(Any, target).tncompress_plan = Plan(layers, plan.spec, plan.params_model)
     return target
 
 
-def _build(dense: Any, planned: LayerPlan, plan: Plan) -> TNConv:
-    """Return the compressed layer that ``planned`` promises for ``dense``."""
-    weight: nn.Parameter = dense.weight
-    where = f"layer {planned.name!r} with kernel {tuple(weight.shape)}"
-    if tuple(weight.shape) != planned.shape or digest_of(weight) != planned.digest:
+def _build(layer: Layer, planned: LayerPlan, plan: Plan) -> tuple[LayerPlan, TNConv]:
+    """Return the compressed layer that ``planned`` promises, and the plan with the error that came out."""
+    weight, geometry = layer.weight(), layer.geometry
+    where = describe(planned.name, weight)
+    if weight.is_meta:
+        raise ValueError(f"{where} is on the meta device: a plan needs no weights, compress does; load them")
+    if geometry != planned.geometry:
+        raise ValueError(f"the plan was made for {planned.geometry} at {where}, but there it is {geometry}")
+    if planned.digest is not None and digest_of(weight) != planned.digest:
         raise ValueError(
             f"the plan was made for other weights of {where}: make a new plan from its spec (plan.spec)"
         )
-    if (found := ConvGeometry.of(dense)) != planned.geometry:
-        raise ValueError(f"the plan was made for {planned.geometry} at {where}, but there it is {found}")
-    fit = plan.fits.get(planned.name) or planned.format.fit(weight.detach(), planned.ranks)
-    if abs(fit.rel_error - planned.rel_error) > 1e-3 * planned.rel_error + 1e-6:
-        raise ValueError(
-            f"{where}: the plan promised an error of {planned.rel_error:.4g}, got {fit.rel_error:.4g}"
-        )
-    factors = [factor.to(weight.device, copy=True) for factor in fit.factors]
-    bias = dense.bias.detach().clone() if dense.bias is not None else None
-    layer = TNConv(planned.format, planned.geometry, factors, bias, rel_error=fit.rel_error)
-    layer.factors.requires_grad_(weight.requires_grad)
-    if layer.bias is not None:
-        layer.bias.requires_grad_(dense.bias.requires_grad)
+    fit = plan.fits.get(planned.name)
+    if fit is None:
+        with memory_for(where):
+            fit = planned.format.fit_groups(geometry.kernels(weight), planned.ranks)
+    promised = planned.rel_error
+    if promised is not None and abs(fit.rel_error - promised) > 1e-3 * promised + 1e-6:
+        raise ValueError(f"{where}: the plan promised an error of {promised:.4g}, got {fit.rel_error:.4g}")
+    with torch.inference_mode(False):
+        factors = [factor.to(weight.device, copy=True) for factor in fit.factors]
+        bias = layer.module.bias.detach().clone() if layer.module.bias is not None else None
+    new = TNConv(planned.format, geometry, factors, bias, rel_error=fit.rel_error)
+    new.factors.requires_grad_(layer.requires_grad)
+    if new.bias is not None:
+        new.bias.requires_grad_(layer.module.bias.requires_grad)
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
     if channels_last and weight.is_contiguous(memory_format=channels_last) and not weight.is_contiguous():
-        layer = layer.to(memory_format=channels_last)
-    return adopt(layer, dense)
+        new = new.to(memory_format=channels_last)
+    if planned.digest is None:
+        planned = replace(planned, rel_error=fit.rel_error, digest=digest_of(weight))
+    return planned, adopt(new, layer.module)
 
 
 def adopt(new: L, old: nn.Module) -> L:
     """Return ``new`` with the training mode and the forward and backward hooks of ``old``.
 
-    They share the dictionaries of hooks, so that the handle of a hook still removes it.
+    They share the dictionaries of hooks, so that the handle of a hook still removes it. Those of torch's old
+    weight norm and spectral norm, which made the weight, are left behind.
     """
     new.train(old.training)
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
+    kept = {key: h for key, h in old._forward_pre_hooks.items() if not isinstance(h, NORM_HOOKS)}
+    if len(kept) < len(old._forward_pre_hooks):
+        new._forward_pre_hooks = OrderedDict(kept)
     return new
+
+
+def replace_all_(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put each of ``layers`` in the place of the submodule of that name: all of them, or none."""
+    before = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            replace_module_(model, name, layer)
+    except BaseException:
+        for name, layer in before.items():
+            replace_module_(model, name, layer)
+        raise
 
 
 def replace_module_(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -126,7 +149,8 @@ def merge(model: M) -> M:
     """
     if isinstance(model, TNConv):
         raise ValueError("merge wants a model that holds TNConv layers; of a single layer take to_dense()")
-    target = copy.deepcopy(model)
+    refuse_wrapped(model)
+    target = copy_model(model)
     for layer in find_layers(target):
         if isinstance(layer.module, TNConv):
             dense = adopt(layer.module.to_dense(), layer.module)

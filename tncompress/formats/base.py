@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -41,13 +41,16 @@ class Stage:
     groups: int = 1
     copies: int = 1
 
-    def weight(self, factors: Sequence[Tensor]) -> Tensor:
-        """Return the convolution weight of this stage: a view of its factor unless it is copied."""
-        factor = factors[self.factor]
-        if self.copies == 1:
-            return factor.reshape(self.shape)
-        single = factor.reshape(self.shape[0] // self.copies, *self.shape[1:])
-        return single.repeat(self.copies, *[1] * (single.ndim - 1))
+    def weight(self, factors: Sequence[Tensor], groups: int = 1) -> Tensor:
+        """Return the convolution weight of this stage: a view of its factor unless it is copied.
+
+        With ``groups`` of the layer, along which the factors are stacked, the weights follow one another.
+        """
+        factor, (channels, *window) = factors[self.factor], self.shape
+        if self.copies > 1:
+            single = factor.reshape(groups, 1, channels // self.copies, *window)
+            factor = single.expand(-1, self.copies, *[-1] * (single.ndim - 2))
+        return factor.reshape(groups * channels, *window)
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,11 @@ class Format(ABC):
     def fit_groups(self, kernels: Tensor, ranks: Ranks) -> Fit:
         """Return the fit of each kernel in a stack ``(groups, out, in, *spatial)``, all at the same ranks.
 
-        Factors are stacked along a leading axis; ``rel_error`` is that of all kernels together.
+        Factors are stacked along a leading axis, unless there is one kernel only; ``rel_error`` is that of
+        all kernels together.
         """
+        if len(kernels) == 1:
+            return self.fit(kernels[0], ranks)
         fits = [self.fit(kernel, ranks) for kernel in kernels]
         norms = kernels.detach().double().flatten(1).norm(dim=1).tolist()
         squared = sum((fit.rel_error * norm) ** 2 for fit, norm in zip(fits, norms, strict=True))
@@ -119,19 +125,44 @@ class Format(ABC):
 
     # What follows is derived.
 
+    def spectra_of_groups(self, kernels: Tensor) -> tuple[Tensor, ...] | None:
+        """Return the spectra of a stack of kernels ``(groups, out, in, *spatial)`` at bonds of equal rank.
+
+        Value number k is the root of the sum of squares of the kernels' own, so that tails are those of all.
+        """
+        spectra = [self.spectra(kernel) for kernel in kernels]
+        found = [own for own in spectra if own is not None]
+        if len(found) < len(spectra):
+            return None
+        return tuple(torch.stack(bond).square().sum(0).sqrt() for bond in zip(*found, strict=True))
+
+    def as_fit(self, factors: Iterable[Tensor], kernel: Tensor, rel_error: float) -> Fit:
+        """Return ``factors`` in the dtype of ``kernel``, with ``rel_error``, which they had before.
+
+        In half precision rounding is part of the error, which is therefore measured again.
+        """
+        cast = tuple(factor.to(kernel.dtype).contiguous() for factor in factors)
+        if torch.finfo(kernel.dtype).eps > 1e-4:
+            rebuilt = self.to_dense([factor.double() for factor in cast], tuple(kernel.shape))
+            wanted = kernel.detach().double()
+            norm = float(wanted.norm())
+            rel_error = float((wanted - rebuilt).norm()) / norm if norm > 0 else 0.0
+        return Fit(cast, rel_error)
+
     def decompose(self, kernel: Tensor, ranks: Ranks) -> tuple[Tensor, ...]:
         """Return the factors of :meth:`fit` alone."""
         return self.fit(kernel, ranks).factors
 
-    def factor_shapes(self, shape: Shape, ranks: Ranks) -> tuple[Shape, ...]:
-        """Return the shape of each factor."""
+    def factor_shapes(self, shape: Shape, ranks: Ranks, groups: int = 1) -> tuple[Shape, ...]:
+        """Return the shape of each factor; those of several groups are stacked along a leading axis."""
         size = dict(zip(legs_of(len(shape)), shape, strict=True))
         size |= {f"r{i}": rank for i, rank in enumerate(ranks)}
-        return tuple(tuple(size[leg] for leg in legs) for legs in self.network(shape))
+        stack = (groups,) if groups > 1 else ()
+        return tuple(stack + tuple(size[leg] for leg in legs) for legs in self.network(shape))
 
-    def num_params(self, shape: Shape, ranks: Ranks) -> int:
+    def num_params(self, shape: Shape, ranks: Ranks, groups: int = 1) -> int:
         """Return how many numbers the factors hold."""
-        return sum(math.prod(factor) for factor in self.factor_shapes(shape, ranks))
+        return groups * sum(math.prod(factor) for factor in self.factor_shapes(shape, ranks))
 
     def equation(self, shape: Shape) -> str:
         """Return the einsum equation that contracts the factors to the kernel.
@@ -148,8 +179,10 @@ class Format(ABC):
         return f"{','.join(terms)}->{''.join(letters[leg] for leg in legs_of(len(shape)))}"
 
     def to_dense(self, factors: Sequence[Tensor], shape: Shape) -> Tensor:
-        """Return the kernel of shape ``shape`` that the factors stand for."""
-        return torch.einsum(self.equation(shape), *factors)
+        """Return the kernel of shape ``shape`` that the factors stand for; stacked factors give a stack."""
+        terms, kernel = self.equation(shape).split("->")
+        stacked = ",".join(f"...{term}" for term in terms.split(","))
+        return torch.einsum(f"{stacked}->...{kernel}", *factors)
 
     def check_ranks(self, shape: Shape, ranks: Sequence[int]) -> Ranks:
         """Return ``ranks`` as a tuple if the format can be given them, else raise ``ValueError``."""

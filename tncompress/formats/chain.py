@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from tncompress.cuts import legs_of
@@ -112,8 +113,8 @@ class ChainFormat(Format):
         rel_error = math.sqrt(max(discarded, 0.0) / norm) if norm > 0 else 0.0
         shapes = self.factor_shapes(kernel.shape, ranks)
         stored = (_store(core, group, kernel.shape) for core, group in zip(cores, groups, strict=True))
-        factors = (core.reshape(size).to(kernel.dtype) for core, size in zip(stored, shapes, strict=True))
-        return Fit(tuple(factor.contiguous() for factor in factors), rel_error)
+        made = (core.reshape(size) for core, size in zip(stored, shapes, strict=True))
+        return self.as_fit(made, kernel, rel_error)
 
 
 def truncate_chain(tensor: Tensor, ranks: Ranks) -> tuple[list[Tensor], float]:
@@ -124,19 +125,16 @@ def truncate_chain(tensor: Tensor, ranks: Ranks) -> tuple[list[Tensor], float]:
     """
     sizes, last = tensor.shape, tensor.ndim - 1
     cores: list[Tensor] = [tensor] * tensor.ndim
-    bond_values: list[Tensor] = [tensor] * last
     low, high, r_low, r_high, discarded = 0, last, 1, 1, 0.0
     rest = tensor
     while low < high:
         from_left = r_low * sizes[low] <= sizes[high] * r_high
-        bond = low if from_left else high - 1
-        rank = ranks[bond]
+        rank = ranks[low] if from_left else ranks[high - 1]
         rows = (
             rest.reshape(r_low * sizes[low], -1) if from_left else rest.reshape(-1, sizes[high] * r_high).mT
         )
         u, s, svh = svd(rows)
         discarded += float(tail_energies(s)[rank])
-        bond_values[bond] = s[:rank]
         if from_left:
             cores[low], rest = u[:, :rank].reshape(r_low, sizes[low], rank), svh[:rank]
             low, r_low = low + 1, rank
@@ -144,22 +142,40 @@ def truncate_chain(tensor: Tensor, ranks: Ranks) -> tuple[list[Tensor], float]:
             cores[high], rest = u[:, :rank].mT.reshape(rank, sizes[high], r_high), svh[:rank].mT
             high, r_high = high - 1, rank
     cores[low] = rest.reshape(r_low, sizes[low], r_high)
-    return balance_chain(cores, bond_values, centre=low), discarded
+    return balance_chain(cores, centre=low), discarded
 
 
-def balance_chain(cores: list[Tensor], bond_values: list[Tensor], centre: int) -> list[Tensor]:
+def balance_chain(cores: list[Tensor], centre: int) -> list[Tensor]:
     """Return the same chain in another gauge: sqrt of each bond's singular values on both its sides.
 
     ``cores`` are isometries around the one numbered ``centre``, which carries the norm. Gradient flow keeps
     an unbalanced bond unbalanced, so fine-tuning should start from an even split.
     """
-    cores = list(cores)
-    for bond, values in enumerate(bond_values):
-        left = right = bond_scale(values)
-        left, right = (left, 1 / right) if bond < centre else (1 / left, right)
-        cores[bond] = cores[bond] * left
-        cores[bond + 1] = cores[bond + 1] * right[:, None, None]
-    return cores
+    turned = [core.permute(2, 1, 0) for core in reversed(cores[: centre + 1])]
+    to_left, left = _balance_outwards(turned)
+    to_right, right = _balance_outwards(cores[centre:])
+    middle = torch.einsum("ax,xny,yb->anb", to_left.mT, cores[centre], to_right)
+    return [*(core.permute(2, 1, 0) for core in reversed(left)), middle, *right]
+
+
+def _balance_outwards(cores: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return what the last leg of the first core is multiplied with, and the balanced others.
+
+    The norm is carried outwards: across each bond the singular values are those of the core that carries it.
+    """
+    carrier, balanced = cores[0], list[Tensor]()
+    change = torch.eye(carrier.shape[2], dtype=carrier.dtype, device=carrier.device)
+    for number, core in enumerate(cores[1:]):
+        u, s, _ = svd(carrier.flatten(0, 1).mT)
+        scale = bond_scale(s)
+        if number == 0:
+            change = u / scale
+        else:
+            balanced[-1] = balanced[-1] @ (u / scale)
+        core = torch.tensordot(u.mT, core, dims=1)
+        carrier = s[:, None, None] * core
+        balanced.append(scale[:, None, None] * core)
+    return change, balanced
 
 
 def _store(core: Tensor, group: tuple[int, ...], shape: Shape) -> Tensor:

@@ -109,17 +109,20 @@ class Tucker(Format):
         error = math.sqrt(_squared_distance(work, core, bases) / total) if total > 0 else 0.0
         factors = self._factors(core, bases, shape)
         shapes = self.factor_shapes(shape, ranks)
-        made = (
-            f.reshape(size).to(kernel.dtype).contiguous() for f, size in zip(factors, shapes, strict=True)
-        )
-        return Fit(tuple(made), error)
+        made = (factor.reshape(size) for factor, size in zip(factors, shapes, strict=True))
+        return self.as_fit(made, kernel, error)
 
     def _factors(self, core: Tensor, bases: dict[int, Tensor], shape: Shape) -> list[Tensor]:
-        """Return the factors in storage order, each bond's singular values split over its two sides."""
-        scales = {mode: bond_scale(singular_values(unfold(core, [mode]))) for mode in bases}
-        for mode, scale in scales.items():
-            core = core / scale.reshape([-1 if axis == mode else 1 for axis in range(core.ndim)])
-        matrices = {mode: basis * scales[mode] for mode, basis in bases.items()}
+        """Return the factors in storage order, each bond's singular values split over its two sides.
+
+        The core is first turned to its own principal directions, in which it is all-orthogonal.
+        """
+        turns = {mode: svd(unfold(core, [mode]))[:2] for mode in bases}
+        matrices = {}
+        for mode, (u, s) in turns.items():
+            scale = bond_scale(s)
+            core = _project(core, mode, u / scale)
+            matrices[mode] = bases[mode] @ u * scale
         if len(matrices) == 1:
             return [matrices[IN].mT, core.flatten(1)]
         spatial = [matrices[mode].mT for mode in sorted(matrices) if mode > IN]
