@@ -221,7 +221,8 @@ TAGS = "the tags are fixed, params_ratio, energy, rel_error"
     [
         (
             {"defualt": {}},
-            "unknown key 'defualt'; the keys there are version, default, rules, keep_dense, include, allow_larger",
+            "unknown key 'defualt'; the keys there are version, default, rules, keep_dense, include, "
+            "allow_larger",
         ),
         ({"default": {"fromat": "mps"}}, f"unknown key 'default.fromat'; the keys there are {SETTINGS_KEYS}"),
         ({"default": {"pattern": "a"}}, f"unknown key 'default.pattern'; the keys there are {SETTINGS_KEYS}"),
