@@ -1,7 +1,7 @@
 """Plan, compress and run every model of torchvision, and one of each family of timm where it is installed.
 
-    python examples/zoo_table.py                              # plans alone, on the meta device: a minute
-    python examples/zoo_table.py --run results.jsonl          # also compresses and runs each model, in each format
+    python examples/zoo_table.py                         # plans alone, on the meta device: a minute
+    python examples/zoo_table.py --run results.jsonl     # also compresses and runs each model, in each format
 
 Weights are random. A run takes hours for all models; it is resumed by the same command, takes small models
 first, and stops after --minutes. The table goes to docs/zoo.md.
@@ -244,18 +244,20 @@ INTRODUCTION = """
 # The model zoo
 
 What `compress` does to every model of torchvision, and to one model of each family of timm, with
-`{default: {format: F, rank: {params_ratio: 0.25}}}`: the number of convolutions and linear layers that it sees, how
-many it compresses as svd, mps, tucker, cp (four numbers), why it leaves the others dense, and the parameters of the
-whole model before and after (four numbers again). *Run in* names the formats in which the model, with random
-weights, was also compressed and run, each layer's error checked against its plan. The page is written by
+`{default: {format: F, rank: {params_ratio: 0.25}}}`: the number of convolutions and linear layers that it
+sees, how many it compresses as svd, mps, tucker, cp (four numbers), why it leaves the others dense, and the
+parameters of the whole model before and after (four numbers again). *Run in* names the formats in which the
+model, with random weights, was also compressed and run, each layer's error checked against its plan. The page
+is written by
 
 ```console
 python examples/zoo_table.py --run results.jsonl
 ```
 
-*stem*, *classifier*: the first and the last layer, kept dense by default. *depthwise*: no channels to cut between;
-*subclass*: a subclass of torch's layer (both are compressed if `include` says so). *own forward*: a subclass that
-computes something else. *too small*: even the smallest ranks hold more than a quarter of the parameters.
+*stem*, *classifier*: the first and the last layer, kept dense by default. *depthwise*: no channels to cut
+between; *subclass*: a subclass of torch's layer (both are compressed if `include` says so). *own forward*: a
+subclass that computes something else. *too small*: even the smallest ranks hold more than a quarter of the
+parameters. *more MACs*: the chain would need more multiply-accumulates than the dense layer.
 """
 
 

@@ -218,7 +218,8 @@ def copy_model(model: M) -> M:
         if isinstance(value, Tensor) and value.grad_fn is not None
     }
     try:
-        return copy.deepcopy(model, computed)
+        with torch.inference_mode(False):  # whose tensors could not be trained later
+            return copy.deepcopy(model, computed)
     except Exception as error:  # whatever the attributes of a user's class raise
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -154,9 +154,8 @@ class RankPath:
         search = self._first_fitting if self.tails is None else self._first_bounded
         found = search(affordable, error)
         if found is None:
-            raise NoRanks(
-                f"{self.format} needs no fewer parameters than now for a relative error of {error:.3g}"
-            )
+            needed = f"{self.format} needs no fewer parameters than now for a relative error of {error:.3g}"
+            raise NoRanks(needed + (f" in {self.kernels.dtype}" if self.kernels.dtype.itemsize < 4 else ""))
         return found
 
     def _first_fitting(self, indices: range, error: float) -> tuple[Ranks, Fit] | None:
@@ -167,13 +166,13 @@ class RankPath:
     def _first_bounded(self, indices: range, error: float) -> tuple[Ranks, Fit] | None:
         """Return the first ranks whose tails keep to ``error``, tightened by what a short dtype adds."""
         allowed = error**2
-        while allowed > 0:
+        while allowed >= 0:
             index = bisect_left(indices, True, key=lambda i: self._bound(self[i]) <= allowed)
             if index == len(indices):
                 return None
             fit = self.format.fit_groups(self.kernels, self[index])
             excess = fit.rel_error**2 - error**2
-            if excess <= 1e-9 * error**2:
+            if excess <= 1e-9 * error**2 + 1e-24:
                 return self[index], fit
             allowed -= max(1.1 * excess, 0.01 * error**2)
         return None

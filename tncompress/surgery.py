@@ -94,10 +94,10 @@ def _build(layer: Layer, planned: LayerPlan, plan: Plan) -> tuple[LayerPlan, TNC
     promised = planned.rel_error
     if promised is not None and abs(fit.rel_error - promised) > 1e-3 * promised + 1e-6:
         raise ValueError(f"{where}: the plan promised an error of {promised:.4g}, got {fit.rel_error:.4g}")
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # whose tensors could not be trained later
         factors = [factor.to(weight.device, copy=True) for factor in fit.factors]
         bias = layer.module.bias.detach().clone() if layer.module.bias is not None else None
-    new = TNConv(planned.format, geometry, factors, bias, rel_error=fit.rel_error)
+        new = TNConv(planned.format, geometry, factors, bias, rel_error=fit.rel_error)
     new.factors.requires_grad_(layer.requires_grad)
     if new.bias is not None:
         new.bias.requires_grad_(layer.module.bias.requires_grad)
