@@ -23,6 +23,9 @@ from tncompress.spec import Energy, FixedRank, ParamsRatio, RankPolicy, RelError
 
 Ranks = tuple[int, ...]
 
+EXACT = 1e-12
+"""A relative error that counts as none."""
+
 SHORT = 9
 """The largest full rank of a bond that counts as short: 3x3 kernels and their like."""
 
@@ -160,7 +163,7 @@ class RankPath:
 
     def _first_fitting(self, indices: range, error: float) -> tuple[Ranks, Fit] | None:
         fit = cache(lambda index: self.format.fit_groups(self.kernels, self[index]))
-        index = bisect_left(indices, True, key=lambda i: fit(i).rel_error <= error)
+        index = bisect_left(indices, True, key=lambda i: fit(i).rel_error <= max(error, EXACT))
         return (self[index], fit(index)) if index < len(indices) else None
 
     def _first_bounded(self, indices: range, error: float) -> tuple[Ranks, Fit] | None:
@@ -172,7 +175,7 @@ class RankPath:
                 return None
             fit = self.format.fit_groups(self.kernels, self[index])
             excess = fit.rel_error**2 - error**2
-            if excess <= 1e-9 * error**2 + 1e-24:
+            if excess <= 1e-9 * error**2 + EXACT**2:
                 return self[index], fit
             allowed -= max(1.1 * excess, 0.01 * error**2)
         return None
