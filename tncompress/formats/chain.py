@@ -17,6 +17,9 @@ from tncompress.formats.base import Fit, Format, Ranks, Shape, Stage
 from tncompress.linalg import bond_scale, singular_values, svd, tail_energies, unfold, working_copy
 
 OUT, IN = 0, 1
+SWEEPS, NEGLIGIBLE = 2, 1e-8
+"""Sweeps over a truncated chain, and the squared error, relative, below which they are not worth it."""
+
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -98,30 +101,35 @@ class ChainFormat(Format):
         return tuple(singular_values(unfold(kernel, modes)) for modes in cut_modes)
 
     def fit(self, kernel: Tensor, ranks: Ranks) -> Fit:
-        """Return the sequentially truncated decomposition (TT-SVD, Oseledets 2011) of ``kernel``.
+        """Return the sequentially truncated decomposition (TT-SVD, Oseledets 2011), improved by sweeps.
 
-        The squared error is exactly the sum of the weights discarded on the way. It is optimal for one
-        bond and within sqrt(number of bonds) of the best for more.
+        It is optimal for one bond. For more, the truncation is within sqrt(number of bonds) of the best, and
+        the sweeps, which solve for one core after another, never raise the error.
         """
         ranks = self.feasible(kernel.shape, self.check_ranks(kernel.shape, ranks))
         groups = self.groups(kernel.shape)
         order = sum(groups, ())
         work = working_copy(kernel)
         sizes = [math.prod(kernel.shape[mode] for mode in group) for group in groups]
-        cores, discarded = truncate_chain(work.permute(order).reshape(sizes), ranks)
+        tensor = work.permute(order).reshape(sizes)
+        cores, centre, squared = truncate_chain(tensor, ranks)
         norm = float(work.square().sum())
-        rel_error = math.sqrt(max(discarded, 0.0) / norm) if norm > 0 else 0.0
+        if len(ranks) > 1 and squared > NEGLIGIBLE * norm:
+            cores, squared = improve_chain(tensor, cores)
+            centre = len(cores) - 1
+        cores = balance_chain(cores, centre)
+        rel_error = math.sqrt(max(squared, 0.0) / norm) if norm > 0 else 0.0
         shapes = self.factor_shapes(kernel.shape, ranks)
         stored = (_store(core, group, kernel.shape) for core, group in zip(cores, groups, strict=True))
         made = (core.reshape(size) for core, size in zip(stored, shapes, strict=True))
         return self.as_fit(made, kernel, rel_error)
 
 
-def truncate_chain(tensor: Tensor, ranks: Ranks) -> tuple[list[Tensor], float]:
-    """Return cores ``(r_left, size, r_right)`` of a chain for ``tensor``, and the squared error.
+def truncate_chain(tensor: Tensor, ranks: Ranks) -> tuple[list[Tensor], int, float]:
+    """Return cores ``(r_left, size, r_right)`` of a chain, the number of the centre, and the squared error.
 
-    Bonds are cut from both ends towards the middle, the cheaper end first, with isometries: what remains
-    carries the whole norm, so that the discarded weights add.
+    Bonds are cut from both ends towards the middle, the cheaper end first, with isometries: the centre, which
+    remains, carries the whole norm, so that the discarded weights add.
     """
     sizes, last = tensor.shape, tensor.ndim - 1
     cores: list[Tensor] = [tensor] * tensor.ndim
@@ -142,7 +150,39 @@ def truncate_chain(tensor: Tensor, ranks: Ranks) -> tuple[list[Tensor], float]:
             cores[high], rest = u[:, :rank].mT.reshape(rank, sizes[high], r_high), svh[:rank].mT
             high, r_high = high - 1, rank
     cores[low] = rest.reshape(r_low, sizes[low], r_high)
-    return balance_chain(cores, centre=low), discarded
+    return cores, low, discarded
+
+
+def improve_chain(tensor: Tensor, cores: list[Tensor]) -> tuple[list[Tensor], float]:
+    """Return the chain after sweeps that solve for its cores in turn, and its squared error.
+
+    With all other cores isometries, the best core is the tensor projected on them (one-site DMRG). The last
+    core is the centre of the result.
+    """
+    total = float(tensor.square().sum())
+    for _ in range(SWEEPS):
+        cores = _orthogonal_from_right(cores)
+        rests = [tensor.unsqueeze(-1)]  # number k: the tensor with the last k cores contracted to it
+        for core in reversed(cores[1:]):
+            rests.append(torch.tensordot(rests[-1], core, dims=([-2, -1], [1, 2])))
+        left = tensor.new_ones(1, 1)
+        for k, core in enumerate(cores):
+            solved = left.mT @ rests.pop().reshape(len(left), -1)
+            if k < len(cores) - 1:
+                solved = torch.linalg.qr(solved.reshape(-1, core.shape[2])).Q
+                left = (left @ solved.reshape(len(core), -1)).reshape(-1, core.shape[2])
+            cores[k] = solved.reshape(core.shape)
+    return cores, total - float(cores[-1].square().sum())
+
+
+def _orthogonal_from_right(cores: list[Tensor]) -> list[Tensor]:
+    """Return the same chain with all cores but the first isometries, seen from the left."""
+    cores = list(cores)
+    for k in range(len(cores) - 1, 0, -1):
+        q, r = torch.linalg.qr(cores[k].flatten(1).mT)
+        cores[k] = q.mT.reshape(-1, *cores[k].shape[1:])
+        cores[k - 1] = torch.tensordot(cores[k - 1], r.mT, dims=1)
+    return cores
 
 
 def balance_chain(cores: list[Tensor], centre: int) -> list[Tensor]:
