@@ -4,13 +4,18 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-fast lint docs bench clean
+.PHONY: demo test test-all test-fast lint docs bench grid zoo clean
 
 demo: $(VENV)/.base
 	$(BIN)/tncompress demo --overwrite $(ARGS)
 
+COVERAGE := --cov --cov-report=term:skip-covered
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(COVERAGE) $(ARGS)
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest --zoo $(COVERAGE) $(ARGS)
 
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -25,6 +30,12 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.base
 	$(BIN)/python examples/benchmark_layers.py $(ARGS)
+
+grid: $(VENV)/.base
+	$(BIN)/python examples/geometry_grid.py --out docs/geometries.md $(ARGS)
+
+zoo: $(VENV)/.test
+	$(BIN)/python examples/zoo_table.py $(ARGS)
 
 # A stamp says which extras are installed, and is older than pyproject.toml when they have changed.
 $(VENV)/.base: pyproject.toml

@@ -6,6 +6,7 @@ has to be in place before anything imports the package.
 
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,26 @@ install_import_hook("tncompress", "beartype.beartype")
 
 from tncompress import ranks  # noqa: E402 - after the hook
 from tncompress.formats import CP, MPS, SVD, Format, Tucker  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--zoo", action="store_true", help="run the whole model zoo, too: hours")
+    parser.addoption("--minutes", type=float, default=math.inf, help="skip zoo tests after this time")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--zoo"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("zoo")])
+        items[:] = [item for item in items if not item.get_closest_marker("zoo")]
+
+
+STARTED = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    minutes = item.config.getoption("--minutes")
+    if item.get_closest_marker("zoo") and time.monotonic() - STARTED > 60 * minutes:
+        pytest.skip(f"after {minutes:g} minutes")
 
 
 @pytest.fixture(autouse=True, scope="session")
