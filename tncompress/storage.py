@@ -121,7 +121,7 @@ def restore(path: Path) -> None:
 
 @contextmanager
 def _workplace(path: Path, what: str) -> Iterator[Path]:
-    """Yield a hidden, locked folder beside ``path``, which is removed; so are others' once the block is done."""
+    """Yield a hidden, locked folder beside ``path``; remove it, and at a good end those of killed writers."""
     while True:
         place = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}.tnc")
         try:
@@ -188,7 +188,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _replace(path: Path, fresh: Path, old: Path) -> None:
-    """Move ``path`` to ``old`` and ``fresh`` to ``path``; where it is killed in between, see :func:`restore`."""
+    """Move ``path`` to ``old``, ``fresh`` to ``path``; if killed in between, see :func:`restore`."""
     try:
         path.rename(old)
         fresh.rename(path)

@@ -10,15 +10,15 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES, MAX_DEPTH, MAX_VALUES, MAX_BITS = 2**26, 64, 10**6, 1024
+MAX_BYTES, MAX_DEPTH, MAX_VALUES, MAX_BITS = 2**26, 64, 10**6, 512
 """No settings are larger: a few letters of YAML, or a small hostile file, could otherwise fill the memory."""
 
 
 def one_line(text: object, limit: int = 400) -> str:
-    """Return ``text`` as one printable line, cut to ``limit`` characters.
+    r"""Return ``text`` as one printable line, cut to ``limit`` characters.
 
-    >>> one_line("two\\nlines, and a \\x1b escape")
-    'two lines, and a \\\\x1b escape'
+    >>> one_line("two\nlines, and a \x1b escape")
+    'two lines, and a \\x1b escape'
     """
     line = " ".join(str(text)[: 4 * limit].split())
     line = line if len(line) <= limit else f"{line[: limit - 4]} ..."
@@ -107,7 +107,7 @@ def _no_constant(name: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """The safe loader, which makes plain values only, without a key given twice."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         if len(set(keys)) < len(keys):
