@@ -1,9 +1,11 @@
 """Faults and hostile files: a killed writer leaves the old result or the new, and no file is believed."""
 
+import hashlib
 import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import struct
@@ -24,7 +26,7 @@ from tncompress import Plan, Spec, storage
 from tncompress.export import MANIFEST, WEIGHTS
 from tncompress.manifest import checksum
 from tncompress.storage import check_writable, new_directory, new_file
-from tncompress.textfiles import MAX_BYTES
+from tncompress.textfiles import MAX_BYTES, read_settings
 from tncompress.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # wrong types are met by errors of our own here
@@ -99,7 +101,8 @@ class Steps:
 
     def ours(self, path):
         """Say whether a path lies in the folder, or is given in relation to an open folder."""
-        return isinstance(path, int) or not os.path.isabs(path) or os.fsdecode(path).startswith(self.folder)
+        name = "" if isinstance(path, int) else os.fsdecode(path)
+        return not name.startswith("/") or name.startswith(self.folder)
 
     def around(self, call):
         def watched(*args, **kwargs):
@@ -301,7 +304,7 @@ def test_a_writer_that_fails_to_move_in_puts_the_old_folder_back(tmp_path, monke
 def test_the_old_folder_of_a_live_writer_is_not_put_back(tmp_path):
     """Where folders can't be swapped, the path is missing for a moment; only a dead writer's is restored."""
     path = tmp_path / "m"
-    write, read = pairs(path)
+    _, read = pairs(path)
     with storage._workplace(path, "m") as place:
         (place / "old").mkdir()
         storage.restore(path)
@@ -330,7 +333,7 @@ def test_files_reach_the_disk_before_they_are_moved(tmp_path, monkeypatch):
     done, real = [], {"fsync": os.fsync, "exchange": storage._exchange}
 
     def fsync(handle):
-        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        done.append(Path(f"/proc/self/fd/{handle}").readlink().name)
         real["fsync"](handle)
 
     def exchange(one, other):
@@ -354,3 +357,559 @@ def test_a_disk_that_fails_is_told(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Input/output error"):
         Spec().save(tmp_path / "spec.json")
     assert not list(tmp_path.iterdir())
+
+
+# --- damaged and swapped files ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tnc.save(net(), tmp_path / "m", source={"source": "zoo:cnn4"})
+    return tmp_path / "m"
+
+
+def refused_or_same(folder, model=Net):
+    """Load what may be damaged: the very model that was saved, or one line."""
+    try:
+        loaded = tnc.load(folder, model)
+    except (ValueError, OSError) as error:
+        return one_line(error)
+    assert same(loaded, net())
+    assert loaded.tncompress_plan == net().tncompress_plan
+    return None
+
+
+def write_sealed(folder, manifest):
+    """Write a manifest as someone would who knows how its checksum is made."""
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
+
+
+def reseal(folder, **changes):
+    raw = (folder / changes.get("weights", WEIGHTS)).read_bytes() if "sha256" not in changes else b""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if raw:
+        manifest |= {"sha256": storage_digest(raw), "bytes": len(raw)}
+    write_sealed(folder, manifest | changes)
+
+
+def storage_digest(raw):
+    return hashlib.sha256(raw).hexdigest()
+
+
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS])
+def test_a_flipped_bit_is_never_another_model(saved, name):
+    raw, rng = (saved / name).read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(300):
+        at, bit = rng.randrange(len(raw)), rng.randrange(8)
+        (saved / name).write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
+        words = refused_or_same(saved)
+        refused += words is not None
+        assert words is None or name in words
+        if name == WEIGHTS:
+            assert "is damaged" in words or "in truth" in words
+    assert refused > 250
+
+
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS])
+def test_a_file_cut_short_is_told(saved, name):
+    raw, rng = (saved / name).read_bytes(), random.Random(0)
+    for length in {0, 1, 7, 8, len(raw) // 2, len(raw) - 2, *(rng.randrange(len(raw)) for _ in range(60))}:
+        (saved / name).write_bytes(raw[:length])
+        words = refused_or_same(saved)
+        if name == WEIGHTS:
+            assert f"was cut short, its checksum differs: it has {length} bytes" in words
+        else:
+            assert "is damaged" in words or (words is None and not raw[length:].strip())
+
+
+def test_bytes_at_random_are_refused(saved):
+    rng = random.Random(0)
+    for name in (MANIFEST, WEIGHTS):
+        raw = (saved / name).read_bytes()
+        for _ in range(100):
+            at, length = rng.randrange(len(raw)), rng.randrange(1, 40)
+            (saved / name).write_bytes(raw[:at] + rng.randbytes(length) + raw[at + rng.randrange(40) :])
+            refused_or_same(saved)
+        (saved / name).write_bytes(raw)
+    assert refused_or_same(saved) is None
+
+
+def test_how_the_manifest_is_spaced_and_ordered_is_all_one(saved):
+    manifest = json.loads((saved / MANIFEST).read_text())
+    backwards = dict(reversed(manifest.items()))
+    for text in (json.dumps(manifest), json.dumps(backwards, indent=4), "\ufeff" + json.dumps(manifest)):
+        (saved / MANIFEST).write_text(text, encoding="utf-8")
+        assert refused_or_same(saved) is None
+
+
+def test_a_manifest_from_before_there_were_checksums_is_read(saved):
+    manifest = json.loads((saved / MANIFEST).read_text())
+    for key in ("checksum", "weights", "bytes"):
+        del manifest[key]
+    (saved / MANIFEST).write_text(json.dumps(manifest))
+    assert refused_or_same(saved) is None
+    (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:-1])
+    assert "checksum differs" in refused_or_same(saved)
+
+
+def test_a_checksum_that_is_gone_is_missed(saved):
+    manifest = json.loads((saved / MANIFEST).read_text())
+    del manifest["checksum"]
+    (saved / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="'checksum' is missing"):
+        tnc.load(saved, Net)
+
+
+def test_the_weights_of_another_model_are_refused(saved, tmp_path):
+    tnc.save(net(1), tmp_path / "same_size")
+    tnc.save(net(0, width=9), tmp_path / "larger")
+    tnc.save(net(0, width=4), tmp_path / "smaller")
+    for other, words in {
+        "same_size": "holds another model's weights: its checksum differs",
+        "larger": "is not the file saved here, its checksum differs",
+        "smaller": "is not the file saved here, its checksum differs",
+    }.items():
+        shutil.copy(tmp_path / other / WEIGHTS, saved / WEIGHTS)
+        with pytest.raises(ValueError, match=words) as caught:
+            tnc.load(saved, Net)
+        one_line(caught.value)
+
+
+class Other(nn.Module):
+    """Another network: it has a ``stem`` and a ``block``, but of other kinds."""
+
+    def __init__(self, stem, block):
+        super().__init__()
+        self.stem, self.block = stem, block
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(1, 6, 3)), r"3 of its 3 compressed layers are not there \('stem', "),
+        (lambda: Other(nn.Conv2d(1, 6, 3), nn.ReLU()), r"2 of its 3 .* \('block.0', 'head'\)"),
+        (lambda: Net(7), r"layer 'stem' was saved for .*out_channels=6.*, there it is .*out_channels=7"),
+        (lambda: swapped(stem=nn.Conv2d(1, 6, 3, stride=2)), r"layer 'stem' was saved for .* there it is"),
+        (lambda: swapped(stem=nn.ReLU()), r"layer 'stem' was saved for .* there it is a ReLU"),
+        (lambda: swapped(block=nn.Sequential(nn.Sequential(), nn.ReLU())), "'block.0' .* a Sequential"),
+        (lambda: swapped(head=nn.Linear(5, 4, bias=False)), "layer 'head' has a bias on one side only"),
+        (lambda: swapped(more=nn.Linear(5, 4)), "2 keys missing"),
+    ],
+)
+def test_a_folder_of_another_architecture_is_refused(saved, model, words):
+    with pytest.raises(ValueError, match="does not fit .*" + words) as caught:
+        tnc.load(saved, model)
+    one_line(caught.value)
+
+
+def swapped(**children):
+    model = Net()
+    for name, child in children.items():
+        setattr(model, name, child)
+    return model
+
+
+def test_nothing_is_replaced_where_one_layer_does_not_fit(saved):
+    model = swapped(head=nn.Linear(5, 3))
+    with pytest.raises(ValueError, match="layer 'head' was saved for"):
+        tnc.load(saved, lambda: model)
+    assert isinstance(model.stem, nn.Conv2d)
+    assert isinstance(model.head, nn.Linear)
+
+
+def test_a_layer_name_that_is_a_block_is_refused(saved):
+    manifest = json.loads((saved / MANIFEST).read_text())
+    for names, words in {
+        ("block",): "layer 'block' was saved for .* there it is a Sequential",
+        ("",): "layer '' was saved for .* there it is a Net",
+        ("stem", "stem"): "names a layer twice",
+        ("stem.weight",): r"1 of its 3 compressed layers are not there \('stem.weight'\)",
+        ("__class__",): "are not there",
+    }.items():
+        first = manifest["layers"][0] | {"names": list(names)}
+        write_sealed(saved, manifest | {"layers": [first, *manifest["layers"][1:]]})
+        with pytest.raises(ValueError, match=words):
+            tnc.load(saved, Net)
+
+
+def test_a_single_layer_is_not_saved_as_if_it_could_be_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r"put a single one in nn\.Sequential"):
+        tnc.save(net().stem, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_newer_version_says_what_to_do(saved):
+    reseal(saved, format_version=2)
+    with pytest.raises(ValueError, match=r"format version 2, and this release reads 1: .* upgrade"):
+        tnc.load(saved, Net)
+    for odd in (0, "1", 1.5, None, True, [1]):
+        reseal(saved, format_version=odd)
+        with pytest.raises(ValueError, match="wanted 1: it is damaged"):
+            tnc.load(saved, Net)
+
+
+# --- paths that leave the folder ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../other.safetensors", "/etc/passwd", "/tmp/x.safetensors", "sub/model.safetensors", "..", ".", "",
+        "sub\\model.safetensors", "C:model.safetensors", "~/x.safetensors", "model.pt", ".safetensors",
+        "m\nx.safetensors", "m\0.safetensors", "\ud800.safetensors",
+    ],
+)  # fmt: skip
+def test_a_path_that_leaves_the_folder_is_refused(saved, name):
+    shutil.copy(saved / WEIGHTS, saved.parent / "other.safetensors")
+    reseal(saved, weights=name, sha256=json.loads((saved / MANIFEST).read_text())["sha256"])
+    with pytest.raises(ValueError, match="wanted the plain name of a file in its own folder") as caught:
+        tnc.load(saved, Net)
+    one_line(caught.value)
+
+
+def test_weights_may_have_another_plain_name(saved):
+    (saved / WEIGHTS).rename(saved / "other.safetensors")
+    reseal(saved, weights="other.safetensors")
+    assert refused_or_same(saved) is None
+
+
+def test_links_into_a_cache_are_followed_and_checked(saved, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    for name in (WEIGHTS, MANIFEST):
+        (saved / name).rename(tmp_path / "blobs" / name)
+        (saved / name).symlink_to(f"../blobs/{name}")
+    assert refused_or_same(saved) is None
+    (tmp_path / "blobs" / WEIGHTS).write_bytes(b"secret")
+    assert "was cut short" in refused_or_same(saved)
+
+
+def test_where_the_dense_weights_lie_is_never_opened(saved):
+    reseal(saved, dense_weights="/proc/self/mem")
+    assert refused_or_same(saved) is None
+
+
+# --- pickled code -------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["0", "1", "2", "4", "5", "torch.save", "torch.save, old"])
+def test_pickled_code_is_told_and_never_run(saved, tmp_path, kind):
+    bomb, path = Bomb(tmp_path / "ran"), saved / WEIGHTS
+    if kind.isdigit():
+        path.write_bytes(pickle.dumps(bomb, protocol=int(kind)))
+    else:
+        torch.save(bomb, path, _use_new_zipfile_serialization=kind == "torch.save")
+    words = "a file of torch.save" if kind == "torch.save" else "a pickle"
+    for seal in (lambda: None, lambda: reseal(saved)):
+        seal()
+        with pytest.raises(ValueError, match=f"is in truth {words}, which could run any code") as caught:
+            tnc.load(saved, Net)
+        one_line(caught.value)
+    with pytest.raises(ValueError, match="which could run any code"):
+        load_weights(net(), path)
+    shutil.copy(path, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"could run any code|is damaged, or no file of"):
+        load_weights(net(), tmp_path / "w.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_safetensors_file_is_taken_for_a_pickle(tmp_path):
+    """A header of 640 bytes begins like a pickle of protocol 2, one of 0x4b50 like a zip."""
+    for size in (0x280, 0x580, 0x4B50, 0x28, 0x63):
+        header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+        header += b" " * (size - len(header)) if size > len(header) else b""
+        (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0\0\0")
+        model = nn.Module()
+        model.a = nn.Parameter(torch.ones(1))
+        load_weights(model, tmp_path / "w.safetensors")
+        assert float(model.a.detach()) == 0.0
+
+
+# --- hostile JSON -------------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "nothing": "",
+    "deep lists": "[" * 100_000,
+    "deep lists that end": "[" * 900 + "]" * 900,
+    "deep mappings": '{"a":' * 100_000,
+    "many digits": '{"format_version": ' + "9" * 5000 + "}",
+    "a large number": '{"format_version": ' + "9" * 500 + "}",
+    "not a number": '{"format_version": NaN}',
+    "infinity": '{"format_version": Infinity}',
+    "a key twice": '{"format_version": 1, "format_version": 1}',
+    "a surrogate": '{"format_version": "\\ud800"}',
+    "a key of surrogates": '{"format_version": 1, "\\ud800\\n\\u001b[31m": 1}',
+    "a list": "[1]",
+    "null": "null",
+    "bytes": b"\xff\xfe\x00",
+    "utf-16": '{"format_version": 1}'.encode("utf-16"),
+    "two values": "{} {}",
+    "zeros": b"\0" * 1000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_text_is_one_line_everywhere(saved, kind):
+    text = HOSTILE[kind]
+    raw = text if isinstance(text, bytes) else text.encode()
+    readers = [(saved / MANIFEST, lambda path: tnc.load(path.parent, Net))]
+    readers += [(saved / "plan.json", Plan.load)]
+    readers += [(saved / f"spec{suffix}", Spec.parse) for suffix in (".json", ".yaml", ".toml")]
+    for path, read in readers:
+        path.write_bytes(raw)
+        if path.suffix == ".toml" and kind == "nothing":
+            assert read(path) == Spec()
+            continue
+        with pytest.raises(ValueError, match=path.name) as caught:
+            read(path)
+        assert len(one_line(caught.value)) < 1000
+
+
+def test_a_file_without_end_is_not_read(tmp_path):
+    for name in ("plan.json", "spec.yaml"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(2**40)
+    for read in (lambda: Plan.load(tmp_path / "plan.json"), lambda: Spec.parse(tmp_path / "spec.yaml")):
+        with pytest.raises(ValueError, match=f"is larger than {MAX_BYTES >> 20} MiB"):
+            read()
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, 1, -1, 2**31, 10**12, 2**63, 2**64, 10**100])
+    | st.floats()
+    | st.text(st.characters(), max_size=6)
+    | st.sampled_from(["stem", "head", "zoo:cnn4", "zoo:resnet20", "svd", "mps", "cp", "zeros", "a\nb"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value, here=()):
+    """Yield the path of keys to every value within ``value``."""
+    yield here
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        yield from places(part, (*here, key))
+
+
+def replaced(value, place, new):
+    if not place:
+        return new
+    made = value.copy()
+    made[place[0]] = replaced(value[place[0]], place[1:], new)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hostile") / "m"
+    tnc.save(net(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def manifest(folder):
+    return json.loads((folder / MANIFEST).read_text())
+
+
+@pytest.fixture
+def little_memory():
+    """Let no tensor of absurd size be asked for: memory that is only promised would go unnoticed."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def loads_or_one_line(folder, model):
+    try:
+        loaded = tnc.load(folder, model)
+    except (ValueError, OSError) as error:
+        return one_line(error)
+    loaded(torch.randn(1, 1, 8, 8))
+    repr(loaded)
+    str(getattr(loaded, "tncompress_plan", None))
+    return None
+
+
+@settings(ANY, max_examples=500)
+@given(data=st.data(), new=json_values)
+def test_any_value_in_a_sealed_manifest_is_a_model_or_one_line(folder, manifest, little_memory, data, new):
+    place = data.draw(st.sampled_from(list(places(manifest))[1:]))
+    write_sealed(folder, replaced(manifest, place, new))
+    loads_or_one_line(folder, Net)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, 10**12, 2**63, 10**30, "3", None, True, [], {}, [10**12] * 2])
+def test_every_place_of_a_sealed_manifest_withstands(folder, manifest, little_memory, value):
+    for place in list(places(manifest))[1:]:
+        write_sealed(folder, replaced(manifest, place, value))
+        loads_or_one_line(folder, Net)
+
+
+@pytest.mark.parametrize("change", ["more", "less"])
+def test_a_key_too_many_or_too_few_is_a_model_or_one_line(folder, manifest, change):
+    for place in list(places(manifest)):
+        found = manifest
+        for key in place:
+            found = found[key]
+        if change == "more" and isinstance(found, dict):
+            made = [{**found, "new\n": 1}]
+        elif change == "less" and isinstance(found, dict | list):
+            kept = [[k for k in range(len(found)) if k != gone] for gone in range(len(found))]
+            items = list(found.items()) if isinstance(found, dict) else found
+            made = [type(found)([items[k] for k in some]) for some in kept]
+        else:
+            continue
+        for new in made:
+            write_sealed(folder, replaced(manifest, place, new))
+            loads_or_one_line(folder, Net)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"source": "zoo:cnn4", "num_classes": 10**12},
+        {"source": "zoo:cnn4", "num_classes": 10**30},
+        {"source": "zoo:cnn4", "in_channels": 10**8},
+        {"source": "torchvision:vit_h_14"},
+        {"source": "torchvision:regnet_x_400mf", "num_classes": 10**9},
+        {"source": "zoo:cnn4", "num_classes": "10"},
+        {"source": "zoo:cnn4", "weights": "DEFAULT"},
+        {"source": "zoo:\nno"},
+        {"source": "zoo:"},
+        {"source": ["zoo:cnn4"]},
+        {},
+    ],
+    ids=str,
+)
+def test_a_recorded_source_builds_nothing_absurd(folder, manifest, little_memory, source):
+    write_sealed(folder, manifest | {"source": source})
+    with pytest.raises(ValueError, match=r"can't be loaded|is damaged") as caught:
+        tnc.load(folder)
+    one_line(caught.value)
+
+
+# --- hostile plans, specs and configs -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plan():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, (3, 2), padding="same"), nn.Linear(8, 4))
+    return tnc.make_plan(model, {"default": {"format": "mps", "rank": {"params_ratio": 0.5}}})
+
+
+def is_a_plan_or_one_line(make):
+    try:
+        found = make()
+    except (ValueError, OSError) as error:
+        return one_line(error)
+    assert isinstance(str(found), str)
+    assert Plan.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    return None
+
+
+@settings(ANY, max_examples=500)
+@given(data=st.data(), new=json_values)
+def test_any_value_in_a_plan_is_a_plan_or_one_line(plan, data, new):
+    fields = json.loads(json.dumps(plan.to_dict()))
+    place = data.draw(st.sampled_from(list(places(fields))))
+    is_a_plan_or_one_line(lambda: Plan.from_dict(replaced(fields, place, new)))
+
+
+@ANY
+@given(st.text() | json_values.map(json.dumps))
+@example('{"version": 2}')
+@example('{"version": 1e400}')
+def test_any_text_is_a_plan_or_one_line(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    words = is_a_plan_or_one_line(lambda: Plan.load(tmp_path / "plan.json"))
+    assert words is not None
+    assert "plan.json" in words
+
+
+def test_a_newer_plan_says_what_to_do(plan):
+    with pytest.raises(ValueError, match="version 2, this release reads 1: upgrade"):
+        Plan.from_dict(plan.to_dict() | {"version": 2})
+
+
+def test_a_plan_whose_order_is_not_its_layers_is_refused(plan):
+    fields = plan.to_dict()
+    for order in ([], fields["order"][1:], [*fields["order"], "0"], [*fields["order"][1:], "x"]):
+        with pytest.raises(ValueError, match="does not name each of its layers once"):
+            Plan.from_dict(fields | {"order": order})
+
+
+def test_a_spec_in_a_plan_is_no_path(plan, tmp_path):
+    Spec().save(tmp_path / "spec.json")
+    with pytest.raises(ValueError, match="spec: input should be a valid dictionary"):
+        Plan.from_dict(plan.to_dict() | {"spec": str(tmp_path / "spec.json")})
+
+
+BOMBS = {
+    "aliases": "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
+    "aliases in a rank": "default: {rank: {fixed: &b [&a [1,1,1,1,1,1,1,1,1,1],*a,*a,*a,*a,*a,*a,*a,*a]}}\n"
+    + "rules:\n"
+    + "".join(f"- &c{i} [{','.join([f'*c{i - 1}' if i else '*b'] * 9)}]\n" for i in range(12)),
+    "merged keys": "a0: &a0 {x: 1, y: 2}\n"
+    + "".join(f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12)),
+    "cycles": "".join(f"a{i}: &a{i} []\n" for i in range(3))
+    + "default: &r {rank: [*r, *r, *r, *r, *r, *r, *r, *r, *r]}",
+    "depth": "a: " + "{a: " * 400 + "}" * 400,
+    "a long number": "version: 0x" + "f" * 5000,
+    "a key twice": "keep_dense: []\nkeep_dense: [stem]",
+    "an object": "!!python/object/apply:os.system [touch ran]",
+    "a tuple": "keep_dense: !!python/tuple [a]",
+    "a name": "version: !!python/name:os.system",
+    "binary": "version: !!binary /w==",
+    "two documents": "a: 1\n---\nb: 2",
+    "a repeated group": 'rules: [{pattern: "re:a{99999999999999999999}"}]',
+    "deep groups": "rules: [{pattern: 're:" + "(" * 5000 + "'}]",
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_yaml_bomb_is_one_line(tmp_path, monkeypatch, little_memory, kind):
+    monkeypatch.chdir(tmp_path)
+    Path("spec.yaml").write_text(BOMBS[kind])
+    with pytest.raises(ValueError, match=r"spec\.yaml") as caught:
+        Spec.parse("spec.yaml")
+    assert len(one_line(caught.value)) < 1000
+    assert not Path("ran").exists()
+
+
+def test_aliases_and_merged_keys_still_serve(tmp_path):
+    (tmp_path / "spec.yaml").write_text(
+        "default: &d {format: svd, rank: {energy: 0.9}, min_rank: 2}\n"
+        "rules:\n- {<<: *d, pattern: a, min_rank: 3}\n- {<<: *d, pattern: b}\n"
+    )
+    spec = Spec.parse(tmp_path / "spec.yaml")
+    assert [rule.min_rank for rule in spec.rules] == [3, 2]
+
+
+@ANY
+@given(json_values)
+def test_any_config_is_a_config_or_one_line(tmp_path, value):
+    for suffix, write in ((".json", json.dumps), (".yaml", yaml.safe_dump)):
+        path = tmp_path / f"config{suffix}"
+        path.write_text(write(value))
+        try:
+            fields = read_settings(path, "config")
+            tnc.FinetuneConfig.parse(fields if isinstance(fields, dict) else {"lr": fields})
+        except ValueError as error:
+            one_line(error)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from tncompress.zoo import build_model
 SAFE_SOURCES = ("zoo:", "torchvision:")
 LARGEST_RATIO = 1000
 """No model is built that has more numbers for each byte of its compressed weights."""
-_MISFITS = (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError, OverflowError)
 
 
 def save(
@@ -71,14 +71,12 @@ def load(directory: str | Path, model: nn.Module | Callable[[], nn.Module] | str
     manifest = read_manifest(folder)
     weights = check_weights(folder, manifest)
     target = _architecture(manifest, model, folder)
-    _check_layers(manifest["layers"], target, folder)
-    try:
+    with _in_one_line(f"{folder / MANIFEST} does not describe a {type(target).__name__}"):
+        geometries = [ConvGeometry.from_dict(fields["geometry"]) for fields in manifest["layers"]]
+    _check_layers(manifest["layers"], geometries, target, folder)
+    with _in_one_line(f"{folder / MANIFEST} does not describe a {type(target).__name__}"):
         made = [(fields["names"], _empty_layer(fields)) for fields in manifest["layers"]]
         plan = Plan.from_dict(manifest["plan"]) if manifest["plan"] else None
-    except _MISFITS as error:
-        raise ValueError(
-            f"{folder / MANIFEST} does not describe a {type(target).__name__}: {one_line(error)}"
-        ) from None
     for names, layer in made:
         for name in names:
             replace_module_(target, name, layer)
@@ -171,14 +169,11 @@ def _architecture(manifest: Mapping[str, Any], model: Any, folder: Path) -> nn.M
         raise ValueError(f"{folder} was saved without a source to build from{recorded}: pass model=")
     if not source["source"].startswith(SAFE_SOURCES):
         return build_model(**source)
-    try:
-        stored = (folder / manifest.get("weights", WEIGHTS)).stat().st_size
+    stored = (folder / manifest.get("weights", WEIGHTS)).stat().st_size
+    with _in_one_line(f"{folder} can't be loaded without model=, building {one_line(source)} failed"):
         if (size := _size_of(source)) > LARGEST_RATIO * stored:
             raise ValueError(f"a model of {size} numbers is far too large for {stored} bytes of weights")
         return build_model(**source)
-    except _MISFITS as error:
-        what = f"{folder} can't be loaded: building {one_line(repr(source))} failed"
-        raise ValueError(f"{what} ({one_line(error)}); pass model=") from None
 
 
 def _size_of(source: Mapping[str, Any]) -> int:
@@ -191,7 +186,9 @@ def _size_of(source: Mapping[str, Any]) -> int:
         return LARGEST_RATIO * max(counts)
 
 
-def _check_layers(layers: Sequence[Mapping[str, Any]], target: nn.Module, folder: Path) -> None:
+def _check_layers(
+    layers: Sequence[Mapping[str, Any]], geometries: Sequence[ConvGeometry], target: nn.Module, folder: Path
+) -> None:
     """Raise ``ValueError`` unless ``target`` has a layer of the same geometry in each place."""
     modules = dict(target.named_modules(remove_duplicate=False))
     names = [name for fields in layers for name in fields["names"]]
@@ -204,13 +201,33 @@ def _check_layers(layers: Sequence[Mapping[str, Any]], target: nn.Module, folder
         )
     if len(set(names)) < len(names):
         raise ValueError(f"{folder / MANIFEST} names a layer twice: save the model again")
-    for fields in layers:
+    for fields, saved in zip(layers, geometries, strict=True):
         for name in fields["names"]:
             there = _geometry_of(modules[name])
-            if there is None or ConvGeometry.from_dict(fields["geometry"]) != there:
-                wanted = one_line(fields["geometry"])
-                found = there.to_dict() if there else f"a {type(modules[name]).__name__}"
-                raise ValueError(f"{misfit}: layer {name!r} was saved for {wanted}, there it is {found}")
+            if repr(saved) != repr(there):  # 1.0 and True are equal to 1, but no stride
+                found = there or f"a {type(modules[name]).__name__}"
+                raise ValueError(
+                    f"{misfit}: layer {name!r} was saved for {one_line(saved)}, there it is {found}"
+                )
+            if fields["bias"] is not (getattr(modules[name], "bias", None) is not None):
+                raise ValueError(f"{misfit}: layer {name!r} has a bias on one side only")
+
+
+@contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Turn what a wrong value in a manifest can raise into one ``ValueError`` that begins with ``what``."""
+    try:
+        yield
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
+        raise ValueError(f"{what}: {one_line(error)}") from None
 
 
 def _geometry_of(module: nn.Module) -> ConvGeometry | None:
