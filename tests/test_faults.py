@@ -1,5 +1,7 @@
 """Faults and hostile files: a killed writer leaves the old result or the new, and no file is believed."""
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -349,6 +351,21 @@ def test_files_reach_the_disk_before_they_are_moved(tmp_path, monkeypatch):
     assert done[2:] == ["new", "exchange", tmp_path.name]
 
 
+@pytest.mark.parametrize("lack", ["libc", "kernel"])
+def test_without_an_exchange_folders_are_renamed(tmp_path, monkeypatch, lack):
+    class Libc:
+        """A C library without the call, or with one that the kernel or file system does not know."""
+
+    if lack == "kernel":
+        Libc.renameat2 = lambda *args: ctypes.set_errno(errno.EINVAL) or -1
+    monkeypatch.setattr(storage.ctypes, "CDLL", lambda *args, **kwargs: Libc)
+    write, read = pairs(tmp_path / "m")
+    write("old")
+    write("new")
+    assert read() == "new"
+    assert not hidden(tmp_path)
+
+
 def test_a_disk_that_fails_is_told(tmp_path, monkeypatch):
     def fsync(handle):
         raise OSError(5, "Input/output error")
@@ -501,6 +518,10 @@ def test_a_folder_of_another_architecture_is_refused(saved, model, words):
     with pytest.raises(ValueError, match="does not fit .*" + words) as caught:
         tnc.load(saved, model)
     one_line(caught.value)
+
+
+def test_a_compressed_model_serves_as_the_architecture(saved):
+    assert refused_or_same(saved, net(1)) is None
 
 
 def swapped(**children):
@@ -801,6 +822,38 @@ def test_a_recorded_source_builds_nothing_absurd(folder, manifest, little_memory
     with pytest.raises(ValueError, match=r"can't be loaded|is damaged") as caught:
         tnc.load(folder)
     one_line(caught.value)
+
+
+def test_any_bytes_in_sealed_weights_are_a_model_or_one_line(saved, little_memory):
+    raw, rng = (saved / WEIGHTS).read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(raw[:8], "little")
+    for number in range(300):
+        at = rng.randrange(8 if number % 3 == 0 else header)
+        (saved / WEIGHTS).write_bytes(raw[:at] + rng.randbytes(1) + raw[at + rng.randrange(2) :])
+        reseal(saved)
+        loads_or_one_line(saved, Net)
+
+
+@pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "F8_E8M0", "F4", "C64", "U64", "BOOL", "NO"])
+def test_weights_of_a_hostile_header_are_a_model_or_one_line(saved, little_memory, dtype):
+    for shape, name in (([10**12], "a"), ([2**40, 2**40], "a"), ([8], "stem.bias\n\x1b[31m"), ([0], "")):
+        entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, 8]}
+        header = json.dumps({name: entry}).encode()
+        (saved / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+        reseal(saved)
+        assert loads_or_one_line(saved, Net)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    for source in ({"num_classes": 3}, {"source": "zoo:cnn4", "num_classes": "3"}):
+        with pytest.raises(ValueError, match=r"can't be saved: .*source") as caught:
+            tnc.save(net(), tmp_path / "m", source=source)
+        one_line(caught.value)
+    model = net()
+    model.stem.rel_error = float("nan")
+    with pytest.raises(ValueError, match=r"can't be saved: layers\.0\.rel_error"):
+        tnc.save(model, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
 
 
 # --- hostile plans, specs and configs -----------------------------------------------------------------------

@@ -68,7 +68,10 @@ class _Manifest(BaseModel):
 
 
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Write ``fields`` and what tells whether the weights and the manifest itself are whole."""
+    """Write ``fields`` and what tells whether the weights and the manifest itself are whole.
+
+    What could not be read again is a ``ValueError`` now.
+    """
     weights = folder / WEIGHTS
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -78,6 +81,10 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
         "sha256": sha256_of(weights),
     }
     manifest["checksum"] = checksum(manifest)
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        raise ValueError(f"this model can't be saved: {explain(error, _Manifest)}") from None
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

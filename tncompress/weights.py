@@ -39,7 +39,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             for key, value in before.items():
                 own[key].copy_(value)
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {_misfit(state, before, error)}"
+            f"{path} does not fit {type(model).__name__}: {one_line(_misfit(state, before, error))}"
         ) from error
 
 
