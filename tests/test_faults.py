@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tncompress as tnc
+import tncompress.export
 from tncompress import Plan, Spec, storage
 from tncompress.export import MANIFEST, WEIGHTS
 from tncompress.manifest import checksum
@@ -491,6 +492,24 @@ def test_the_weights_of_another_model_are_refused(saved, tmp_path):
         with pytest.raises(ValueError, match=words) as caught:
             tnc.load(saved, Net)
         one_line(caught.value)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_folder_that_is_replaced_while_it_is_read_is_no_mixture(saved, monkeypatch, when):
+    real, done = tncompress.export.check_weights, []
+
+    def check_weights(folder, manifest):
+        made = real(folder, manifest) if when == "after" else None
+        if not done:
+            tnc.save(net(1), saved, overwrite=True)
+        done.append(manifest)
+        return made or real(folder, manifest)
+
+    monkeypatch.setattr("tncompress.export.check_weights", check_weights)
+    loaded = tnc.load(saved, Net)
+    assert len(done) == 2
+    assert same(loaded, net(1))
+    assert loaded.tncompress_plan == net(1).tncompress_plan != net(0).tncompress_plan
 
 
 class Other(nn.Module):

@@ -16,13 +16,22 @@ from tncompress.discovery import eval_mode, find_layers
 from tncompress.formats import make_format
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
-from tncompress.manifest import MANIFEST, WEIGHTS, check_weights, read_manifest, write_manifest
+from tncompress.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    WEIGHTS,
+    check_weights,
+    read_manifest,
+    write_manifest,
+)
 from tncompress.plan import Plan
 from tncompress.storage import new_directory, new_file
 from tncompress.surgery import replace_module_
 from tncompress.textfiles import one_line
 from tncompress.weights import load_weights, save_weights
 from tncompress.zoo import build_model
+
+__all__ = ["FORMAT_VERSION", "MANIFEST", "WEIGHTS", "export_onnx", "load", "read_manifest", "save"]
 
 SAFE_SOURCES = ("zoo:", "torchvision:")
 LARGEST_RATIO = 1000
@@ -68,7 +77,19 @@ def load(directory: str | Path, model: nn.Module | Callable[[], nn.Module] | str
     in torchvision; a recorded Python file is never run unasked. Damaged files are a ``ValueError``.
     """
     folder = Path(directory).expanduser()
-    manifest = read_manifest(folder)
+    while True:  # again, where another process replaced the folder in the middle
+        manifest = read_manifest(folder)
+        try:
+            loaded = _load(folder, manifest, model)
+        except (ValueError, OSError):
+            if read_manifest(folder) == manifest:
+                raise
+        else:
+            if read_manifest(folder) == manifest:
+                return loaded
+
+
+def _load(folder: Path, manifest: Mapping[str, Any], model: Any) -> nn.Module:
     weights = check_weights(folder, manifest)
     target = _architecture(manifest, model, folder)
     with _in_one_line(f"{folder / MANIFEST} does not describe a {type(target).__name__}"):
