@@ -714,6 +714,43 @@ def test_hostile_text_is_one_line_everywhere(saved, kind):
         assert len(one_line(caught.value)) < 1000
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"version": 1, "version": 1}', "the key 'version' is there twice"),
+        ('{"a": {"b": 1, "b": 2}}', "the key 'b' is there twice"),
+        ('{"version": NaN}', "NaN is no number in JSON"),
+        ('{"version": -Infinity}', "-Infinity is no number in JSON"),
+        ('{"version": 1' + "0" * 200 + "}", "a whole number of more than 512 bits"),
+    ],
+)
+def test_json_is_strict(saved, text, words):
+    for path, read in (
+        (saved / MANIFEST, lambda path: tnc.load(path.parent, Net)),
+        (saved / "plan.json", Plan.load),
+        (saved / "spec.json", Spec.parse),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            read(path)
+
+
+@pytest.mark.parametrize("depth", [70, 200, 100_000])
+def test_depth_is_told(saved, depth):
+    (saved / MANIFEST).write_text("[" * depth + "]" * depth)
+    (saved / "plan.json").write_text('{"a":' * depth + "1" + "}" * depth)
+    (saved / "spec.yaml").write_text("[" * min(depth, 5000) + "]" * min(depth, 5000))
+    (saved / "spec.toml").write_text("a = " + "[" * depth + "]" * depth)
+    for read in (
+        lambda: tnc.load(saved, Net),
+        lambda: Plan.load(saved / "plan.json"),
+        lambda: Spec.parse(saved / "spec.yaml"),
+        lambda: Spec.parse(saved / "spec.toml"),
+    ):
+        with pytest.raises(ValueError, match="nested deeper than 64 levels"):
+            read()
+
+
 def test_a_file_without_end_is_not_read(tmp_path):
     for name in ("plan.json", "spec.yaml"):
         with (tmp_path / name).open("wb") as file:
@@ -819,14 +856,33 @@ def test_a_key_too_many_or_too_few_is_a_model_or_one_line(folder, manifest, chan
             loads_or_one_line(folder, Net)
 
 
+LARGE = "numbers is far too large for [0-9]+ bytes of weights"
+
+
 @pytest.mark.parametrize(
     "source",
     [
+        {"source": "zoo:cnn4", "num_classes": 10**6},
         {"source": "zoo:cnn4", "num_classes": 10**12},
-        {"source": "zoo:cnn4", "num_classes": 10**30},
         {"source": "zoo:cnn4", "in_channels": 10**8},
         {"source": "torchvision:vit_h_14"},
-        {"source": "torchvision:regnet_x_400mf", "num_classes": 10**9},
+        {"source": "torchvision:regnet_x_400mf", "num_classes": 10**6},
+    ],
+    ids=str,
+)
+def test_no_model_is_built_that_the_weights_could_not_fill(folder, manifest, little_memory, source):
+    write_sealed(folder, manifest | {"source": source})
+    with pytest.raises(ValueError, match=LARGE) as caught:
+        tnc.load(folder)
+    one_line(caught.value)
+    with pytest.raises(ValueError, match=LARGE):
+        tnc.load(folder, source["source"])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"source": "zoo:cnn4", "num_classes": 10**30},
         {"source": "zoo:cnn4", "num_classes": "10"},
         {"source": "zoo:cnn4", "weights": "DEFAULT"},
         {"source": "zoo:\nno"},
@@ -838,7 +894,7 @@ def test_a_key_too_many_or_too_few_is_a_model_or_one_line(folder, manifest, chan
 )
 def test_a_recorded_source_builds_nothing_absurd(folder, manifest, little_memory, source):
     write_sealed(folder, manifest | {"source": source})
-    with pytest.raises(ValueError, match=r"can't be loaded|is damaged") as caught:
+    with pytest.raises(ValueError, match=r"needs another model=: building|is damaged") as caught:
         tnc.load(folder)
     one_line(caught.value)
 

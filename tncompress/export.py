@@ -191,7 +191,7 @@ def _architecture(manifest: Mapping[str, Any], model: Any, folder: Path) -> nn.M
     if not source["source"].startswith(SAFE_SOURCES):
         return build_model(**source)
     stored = (folder / manifest.get("weights", WEIGHTS)).stat().st_size
-    with _in_one_line(f"{folder} can't be loaded without model=, building {one_line(source)} failed"):
+    with _in_one_line(f"{folder} needs another model=: building {one_line(source)} failed"):
         if (size := _size_of(source)) > LARGEST_RATIO * stored:
             raise ValueError(f"a model of {size} numbers is far too large for {stored} bytes of weights")
         return build_model(**source)
@@ -239,15 +239,7 @@ def _in_one_line(what: str) -> Iterator[None]:
     """Turn what a wrong value in a manifest can raise into one ``ValueError`` that begins with ``what``."""
     try:
         yield
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        ValueError,
-        RuntimeError,
-        OverflowError,
-    ) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{what}: {one_line(error)}") from None
 
 

@@ -12,6 +12,7 @@ import yaml
 
 MAX_BYTES, MAX_DEPTH, MAX_VALUES, MAX_BITS = 2**26, 64, 10**6, 512
 """No settings are larger: a few letters of YAML, or a small hostile file, could otherwise fill the memory."""
+_TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels"
 
 
 def one_line(text: object, limit: int = 400) -> str:
@@ -40,7 +41,7 @@ def read_settings(path: Path, what: str) -> Any:
         value = readers[path.suffix](text)
         check_extent(value)
     except Exception as error:  # PyYAML lets through what its constructors stumble over, such as a KeyError
-        reason = one_line(error)
+        reason = _TOO_DEEP if isinstance(error, RecursionError) else one_line(error)
         raise ValueError(f"{what} {path} is not valid {path.suffix[1:].upper()}: {reason}") from None
     return value
 
@@ -64,7 +65,7 @@ def parse_json(text: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
     except RecursionError:
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
+        raise ValueError(_TOO_DEEP) from None
     check_extent(value)
     return value
 
@@ -86,7 +87,7 @@ def _walk(value: Any, above: tuple[int, ...]) -> Iterator[Any]:
     if not isinstance(value, dict | list | tuple | set) or id(value) in above:
         return
     if len(above) >= MAX_DEPTH:
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+        raise ValueError(_TOO_DEEP)
     parts = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
     for part in parts:
         yield from _walk(part, (*above, id(value)))
@@ -124,7 +125,5 @@ def _parse_yaml(text: str) -> Any:
             return None
         check_extent(node)  # before aliases and merged keys (<<) are carried out
         return loader.construct_document(node)
-    except RecursionError:
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
     finally:
         loader.dispose()
