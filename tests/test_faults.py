@@ -982,6 +982,25 @@ def test_a_plan_whose_order_is_not_its_layers_is_refused(plan):
             Plan.from_dict(fields | {"order": order})
 
 
+def test_an_error_that_is_no_number_and_an_unknown_key_are_no_plan(plan):
+    fields = json.loads(json.dumps(plan.to_dict()))
+    for place, new, words in (
+        (("compressed", 0, "rel_error"), float("nan"), r"compressed\.0\.rel_error: .* finite"),
+        (("compressed", 0, "more"), 1, r"compressed\.0\.more: unexpected"),
+        (("skipped", 0, "more"), 1, r"skipped\.0\.more: unexpected"),
+        (("more",), 1, "unknown key 'more'; the keys there are version, spec"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Plan.from_dict(added(fields, place, new))
+
+
+def added(value, place, new):
+    inner = value
+    for key in place[:-1]:
+        inner = inner[key]
+    return replaced(value, place[:-1], {**inner, place[-1]: new})
+
+
 def test_a_spec_in_a_plan_is_no_path(plan, tmp_path):
     Spec().save(tmp_path / "spec.json")
     with pytest.raises(ValueError, match="spec: input should be a valid dictionary"):
