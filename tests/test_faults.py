@@ -276,6 +276,23 @@ def test_a_running_writer_is_left_alone(tmp_path, kind):
     assert not hidden(tmp_path)
 
 
+def test_a_folder_swept_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    real, swept = storage._lock, []
+
+    def lock(place):
+        if not swept:
+            swept.append(place)
+            shutil.rmtree(place)
+        return real(place)
+
+    monkeypatch.setattr(storage, "_lock", lock)
+    write, read = pairs(tmp_path / "m")
+    write("new")
+    assert swept
+    assert read() == "new"
+    assert not hidden(tmp_path)
+
+
 def test_only_what_is_surely_ours_is_removed(tmp_path):
     kept = [".m.precious", ".m.0123456789abcdef", ".m.0123456789ABCDEF.tnc", ".n.0123456789abcdef.tnc"]
     for name in [*kept, ".m.0123456789abcdef.tnc"]:
