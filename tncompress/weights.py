@@ -90,9 +90,7 @@ def _read_safetensors(path: Path) -> Any:
     refuse_pickle(path)
     try:
         return safetensors.torch.load_file(path)
-    except Exception as error:  # it stumbles over dtypes that torch lacks, too
-        if isinstance(error, PermissionError | MemoryError):
-            raise
+    except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({one_line(error)}): fetch or save it again"
         ) from error
