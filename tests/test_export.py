@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import tncompress as tnc
 from tncompress.export import MANIFEST, WEIGHTS
+from tncompress.manifest import checksum
 
 SOURCE = {"source": "zoo:cnn4", "num_classes": 10, "in_channels": 1}
 
@@ -108,8 +109,8 @@ def damage_bytes(folder):
 
 def edit_manifest(**changes):
     def edit(folder):
-        manifest = json.loads((folder / MANIFEST).read_text())
-        (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+        manifest = json.loads((folder / MANIFEST).read_text()) | changes
+        (folder / MANIFEST).write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
 
     return edit
 
@@ -121,8 +122,8 @@ DAMAGE = {
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "holds no saved model"),
     "half a manifest": (lambda f: (f / MANIFEST).write_text('{"format_ver'), "is damaged"),
     "a newer version": (edit_manifest(format_version=99), "version 99"),
-    "a missing key": (lambda f: (f / MANIFEST).write_text('{"format_version": 1}'), "'layers' is missing"),
-    "layers that are none": (edit_manifest(layers=[{"names": ["conv2"]}]), "does not describe"),
+    "a missing key": (lambda f: (f / MANIFEST).write_text('{"format_version": 1}'), "'source' is missing"),
+    "layers that are none": (edit_manifest(layers=[{"names": ["conv2"]}]), "layers.0.format' is missing"),
     "an unknown layer": (edit_manifest(layers=[]), "does not fit"),
 }
 
@@ -169,7 +170,7 @@ def test_what_is_not_ours_is_never_replaced(tmp_path):
 def test_a_failure_leaves_the_old_result(tmp_path, monkeypatch):
     tnc.save(small_model(), tmp_path / "m", source=SOURCE)
     before = shutil.copytree(tmp_path / "m", tmp_path / "copy")
-    monkeypatch.setattr("tncompress.export.json.dumps", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("tncompress.manifest.json.dumps", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tnc.save(small_model("cp"), tmp_path / "m", overwrite=True)
     for name in (MANIFEST, WEIGHTS):

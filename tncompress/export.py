@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,26 @@ from tncompress.discovery import eval_mode, find_layers
 from tncompress.formats import make_format
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
+from tncompress.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    WEIGHTS,
+    check_weights,
+    read_manifest,
+    write_manifest,
+)
 from tncompress.plan import Plan
 from tncompress.storage import new_directory, new_file
 from tncompress.surgery import replace_module_
+from tncompress.textfiles import one_line
 from tncompress.weights import load_weights, save_weights
 from tncompress.zoo import build_model
 
-FORMAT_VERSION = 1
-MANIFEST, WEIGHTS = "tncompress.json", "model.safetensors"
+__all__ = ["FORMAT_VERSION", "MANIFEST", "WEIGHTS", "export_onnx", "load", "read_manifest", "save"]
+
 SAFE_SOURCES = ("zoo:", "torchvision:")
+LARGEST_RATIO = 1000
+"""No model is built that has more numbers for each byte of its compressed weights."""
 
 
 def save(
@@ -43,23 +53,20 @@ def save(
     where its weights lie, for a later comparison. The folder appears whole or not at all; one that exists is
     refused, or replaced with ``overwrite`` if it holds a saved model.
     """
+    layers = [layer for layer in find_layers(small) if isinstance(layer.module, TNConv)]
+    if any("" in layer.names for layer in layers):
+        raise ValueError("save wants a model that holds its TNConv layers: put a single one in nn.Sequential")
+    plan = getattr(small, "tncompress_plan", None)
+    fields = {
+        "class": type(small).__name__,
+        "source": dict(source) if source else None,
+        "dense_weights": str(Path(dense_weights).expanduser().resolve()) if dense_weights else None,
+        "layers": [_describe(layer.names, layer.module) for layer in layers],
+        "plan": plan.to_dict() if plan is not None else None,
+    }
     with new_directory(directory, marker=MANIFEST, overwrite=overwrite) as folder:
         save_weights(small, folder / WEIGHTS)
-        plan = getattr(small, "tncompress_plan", None)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "class": type(small).__name__,
-            "source": dict(source) if source else None,
-            "dense_weights": str(Path(dense_weights).expanduser().resolve()) if dense_weights else None,
-            "sha256": _sha256(folder / WEIGHTS),
-            "layers": [
-                _describe(layer.names, layer.module)
-                for layer in find_layers(small)
-                if isinstance(layer.module, TNConv)
-            ],
-            "plan": plan.to_dict() if plan is not None else None,
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        write_manifest(folder, fields)
 
 
 def load(directory: str | Path, model: nn.Module | Callable[[], nn.Module] | str | None = None) -> nn.Module:
@@ -70,44 +77,35 @@ def load(directory: str | Path, model: nn.Module | Callable[[], nn.Module] | str
     in torchvision; a recorded Python file is never run unasked. Damaged files are a ``ValueError``.
     """
     folder = Path(directory).expanduser()
-    manifest = read_manifest(folder)
-    if _sha256(folder / WEIGHTS) != manifest["sha256"]:
-        raise ValueError(
-            f"{folder / WEIGHTS} is damaged or not the file that was saved here (checksum differs)"
-        )
+    while True:  # again, where another process replaced the folder in the middle
+        manifest = read_manifest(folder)
+        try:
+            loaded = _load(folder, manifest, model)
+        except (ValueError, OSError):
+            if read_manifest(folder) == manifest:
+                raise
+        else:
+            if read_manifest(folder) == manifest:
+                return loaded
+
+
+def _load(folder: Path, manifest: Mapping[str, Any], model: Any) -> nn.Module:
+    weights = check_weights(folder, manifest)
     target = _architecture(manifest, model, folder)
-    try:
-        for fields in manifest["layers"]:
-            layer = _empty_layer(fields)
-            for name in fields["names"]:
-                replace_module_(target, name, layer)
+    with _in_one_line(f"{folder / MANIFEST} does not describe a {type(target).__name__}"):
+        geometries = [ConvGeometry.from_dict(fields["geometry"]) for fields in manifest["layers"]]
+    _check_layers(manifest["layers"], geometries, target, folder)
+    with _in_one_line(f"{folder / MANIFEST} does not describe a {type(target).__name__}"):
+        made = [(fields["names"], _empty_layer(fields)) for fields in manifest["layers"]]
         plan = Plan.from_dict(manifest["plan"]) if manifest["plan"] else None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / MANIFEST} does not describe a {type(target).__name__}: {' '.join(str(error).split())}"
-        ) from None
-    _match_dtypes(target, folder / WEIGHTS)
-    load_weights(target, folder / WEIGHTS)
+    for names, layer in made:
+        for name in names:
+            replace_module_(target, name, layer)
+    _match_dtypes(target, weights)
+    load_weights(target, weights)
     if plan is not None:
         target.tncompress_plan = plan  # type: ignore[assignment]
     return target.eval()
-
-
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """Return what ``tncompress.json`` in ``directory`` says; errors are one line."""
-    path = Path(directory).expanduser() / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} holds no saved model ({MANIFEST} is missing)")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}")
-    if missing := {"sha256", "layers", "plan", "source"} - set(manifest):
-        raise ValueError(f"{path} is damaged: '{min(missing)}' is missing")
-    return manifest
 
 
 def export_onnx(
@@ -187,11 +185,72 @@ def _architecture(manifest: Mapping[str, Any], model: Any, folder: Path) -> nn.M
     if callable(model):
         return model()
     if isinstance(model, str):
-        return build_model(**{**(source or {}), "source": model})
-    if source is None or not str(source.get("source")).startswith(SAFE_SOURCES):
-        recorded = f" (it was {source['source']!r})" if source else ""
+        source = {**(source or {}), "source": model}
+    elif source is None or not source["source"].startswith(SAFE_SOURCES):
+        recorded = f" (it was {one_line(repr(source['source']))})" if source else ""
         raise ValueError(f"{folder} was saved without a source to build from{recorded}: pass model=")
-    return build_model(**source)
+    if not source["source"].startswith(SAFE_SOURCES):
+        return build_model(**source)
+    stored = (folder / manifest.get("weights", WEIGHTS)).stat().st_size
+    with _in_one_line(f"{folder} needs another model=: building {one_line(source)} failed"):
+        if (size := _size_of(source)) > LARGEST_RATIO * stored:
+            raise ValueError(f"a model of {size} numbers is far too large for {stored} bytes of weights")
+        return build_model(**source)
+
+
+def _size_of(source: Mapping[str, Any]) -> int:
+    """Return how many numbers the model holds, without the memory that they take."""
+    counts = [source.get(name) or 0 for name in ("num_classes", "in_channels")]
+    try:
+        with torch.device("meta"):
+            return sum(tensor.numel() for tensor in build_model(**source).state_dict().values())
+    except NotImplementedError:  # torchvision's regnets look at their weights
+        return LARGEST_RATIO * max(counts)
+
+
+def _check_layers(
+    layers: Sequence[Mapping[str, Any]], geometries: Sequence[ConvGeometry], target: nn.Module, folder: Path
+) -> None:
+    """Raise ``ValueError`` unless ``target`` has a layer of the same geometry in each place."""
+    modules = dict(target.named_modules(remove_duplicate=False))
+    names = [name for fields in layers for name in fields["names"]]
+    misfit = f"{folder} does not fit {type(target).__name__}"
+    if missing := [name for name in names if name not in modules]:
+        some = ", ".join(map(repr, missing[:2])) + (", ..." if len(missing) > 2 else "")
+        raise ValueError(
+            f"{misfit}: {len(missing)} of its {len(names)} compressed layers are not there "
+            f"({one_line(some)}); pass the architecture that it was saved from as model="
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"{folder / MANIFEST} names a layer twice: save the model again")
+    for fields, saved in zip(layers, geometries, strict=True):
+        for name in fields["names"]:
+            there = _geometry_of(modules[name])
+            if repr(saved) != repr(there):  # 1.0 and True are equal to 1, but no stride
+                found = there or f"a {type(modules[name]).__name__}"
+                raise ValueError(
+                    f"{misfit}: layer {name!r} was saved for {one_line(saved)}, there it is {found}"
+                )
+            if fields["bias"] is not (getattr(modules[name], "bias", None) is not None):
+                raise ValueError(f"{misfit}: layer {name!r} has a bias on one side only")
+
+
+@contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Turn what a wrong value in a manifest can raise into one ``ValueError`` that begins with ``what``."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{what}: {one_line(error)}") from None
+
+
+def _geometry_of(module: nn.Module) -> ConvGeometry | None:
+    if isinstance(module, TNConv):
+        return module.geometry
+    try:
+        return ConvGeometry.of(module)
+    except ValueError:
+        return None
 
 
 def _match_dtypes(target: nn.Module, path: Path) -> None:
@@ -202,17 +261,9 @@ def _match_dtypes(target: nn.Module, path: Path) -> None:
         with safetensors.safe_open(path, framework="pt") as file:
             stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+        raise ValueError(f"{path} is not a whole safetensors file ({one_line(error)})") from None
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     for name, tensor in target.state_dict(keep_vars=True).items():
         dtype = dtypes.get(stored.get(name, ""))
         if dtype is not None and tensor.dtype != dtype:
             tensor.data = tensor.data.to(dtype)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None

@@ -9,15 +9,22 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tncompress.formats import Fit, Format, make_format
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from tncompress.formats import Fit
 from tncompress.geometry import ConvGeometry
-from tncompress.spec import Spec
+from tncompress.spec import FormatField, Spec, explain
+from tncompress.storage import new_file
 from tncompress.tables import count, ratio, render
+from tncompress.textfiles import one_line, parse_json, read_text
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+_FROM_FILE = ConfigDict(extra="forbid", allow_inf_nan=False)
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,12 @@ class LayerPlan:
     factors.
     """
 
-    names: tuple[str, ...]
+    __pydantic_config__: ClassVar[ConfigDict] = _FROM_FILE
+
+    names: Names
     kind: str
     geometry: ConvGeometry
-    format: Format
+    format: FormatField
     ranks: tuple[int, ...]
     rel_error: float | None
     params: int
@@ -59,20 +68,16 @@ class LayerPlan:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> LayerPlan:
         """Return the layer plan that :meth:`to_dict` described."""
-        made = {
-            "geometry": ConvGeometry.from_dict(fields["geometry"]),
-            "format": make_format(fields["format"]),
-            "names": tuple(fields["names"]),
-            "ranks": tuple(fields["ranks"]),
-        }
-        return cls(**{**fields, **made})
+        return TypeAdapter(cls).validate_python(dict(fields))
 
 
 @dataclass(frozen=True)
 class Skip:
     """A layer that stays dense, and why."""
 
-    names: tuple[str, ...]
+    __pydantic_config__: ClassVar[ConfigDict] = _FROM_FILE
+
+    names: Names
     kind: str
     shape: tuple[int, ...]
     reason: str
@@ -91,7 +96,7 @@ class Skip:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Skip:
         """Return the skip that :meth:`to_dict` described."""
-        return cls(**{**fields, "names": tuple(fields["names"]), "shape": tuple(fields["shape"])})
+        return TypeAdapter(cls).validate_python(dict(fields))
 
 
 @dataclass(frozen=True)
@@ -147,28 +152,38 @@ class Plan:
     @classmethod
     def from_dict(cls, fields: Any) -> Plan:
         """Return the plan that :meth:`to_dict` described; a ``ValueError`` where it is none."""
+        version = fields.get("version", 1) if isinstance(fields, Mapping) else 1
+        if isinstance(version, int) and version > 1:
+            raise ValueError(f"the plan has version {version}, this release reads 1: upgrade tncompress")
         try:
-            found: dict[str, LayerPlan | Skip] = {}
-            for entry in fields["compressed"]:
-                found[entry["names"][0]] = LayerPlan.from_dict(entry)
-            for entry in fields["skipped"]:
-                found[entry["names"][0]] = Skip.from_dict(entry)
-            layers = tuple(found[name] for name in fields["order"])
-            return cls(layers, Spec.parse(fields["spec"]), fields["params_model"])
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"this is no plan: {type(error).__name__} at {error}") from None
+            described = _PlanFile.model_validate(fields)
+        except ValidationError as error:
+            raise ValueError(f"this is no plan: {explain(error, _PlanFile)}") from None
+        entries: tuple[LayerPlan | Skip, ...] = (*described.compressed, *described.skipped)
+        found = {entry.name: entry for entry in entries}
+        if sorted(described.order) != sorted(entry.name for entry in entries) or len(found) < len(entries):
+            raise ValueError("this is no plan: its order does not name each of its layers once")
+        layers = tuple(found[name] for name in described.order)
+        return cls(layers, Spec.parse(described.spec), described.params_model)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        with new_file(path) as fresh:
+            fresh.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Return the plan that :meth:`save` wrote."""
+        """Return the plan that :meth:`save` wrote; errors are one line that names the file."""
+        text = read_text(Path(path), "plan")
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"plan {path} is not valid JSON: {error}") from None
+            fields = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"plan {path} is not valid JSON: {one_line(error)}") from None
+        try:
+            return cls.from_dict(fields)
+        except ValueError as error:
+            raise ValueError(f"plan {path}: {error}") from None
 
     def __str__(self) -> str:
         return render(self)
@@ -191,6 +206,19 @@ class Plan:
         size = f"{count(self.params_model)} → {count(self.params)}"
         table.add_row("model", "", "", "", "", size, ratio(self.params_model, self.params), *cost)
         return table
+
+
+class _PlanFile(BaseModel):
+    """What a plan looks like in a file."""
+
+    model_config = _FROM_FILE
+
+    version: Literal[1] = 1
+    spec: dict[str, Any]
+    params_model: int = Field(ge=0)
+    compressed: tuple[LayerPlan, ...]
+    skipped: tuple[Skip, ...]
+    order: tuple[str, ...]
 
 
 def _row(layer: LayerPlan | Skip) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,6 +28,8 @@ from pydantic import (
 )
 
 from tncompress.formats import MPS, Format, make_format
+from tncompress.storage import new_file
+from tncompress.textfiles import one_line, read_settings
 
 KEEP_DENSE = ("stem", "classifier")
 
@@ -165,7 +166,7 @@ class Rule(Settings):
         if pattern.startswith("re:"):
             try:
                 re.compile(pattern[3:])
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return pattern
 
@@ -229,11 +230,13 @@ class Spec(BaseModel):
         """Write the spec as JSON or YAML, by the file's suffix."""
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
         elif path.suffix in (".yaml", ".yml"):
-            path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False)
         else:
             raise ValueError(f"a spec is written as .json or .yaml, got {path.name}")
+        with new_file(path) as fresh:
+            fresh.write_text(text, encoding="utf-8")
 
     def rule_for(self, names: Sequence[str]) -> Rule | Settings:
         """Return the first rule that matches one of ``names``, else the default."""
@@ -253,7 +256,7 @@ def matches_any(pattern: str, names: Sequence[str]) -> bool:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return the first problem of a validation error as one line that names the key and what is valid."""
-    return " ".join(_first_problem(error, model).split())
+    return one_line(_first_problem(error, model))
 
 
 def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
@@ -275,26 +278,3 @@ def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     for part in location:
         model = inner.get(part, model) if isinstance(part, str) else model
     return list(model.model_fields)
-
-
-def read_settings(path: Path, what: str) -> Any:
-    """Return what a JSON, YAML or TOML file holds; ``what`` names it in errors, which are one line."""
-    readers: dict[str, Any] = {
-        ".json": json.loads,
-        ".toml": tomllib.loads,
-        ".yaml": yaml.safe_load,
-        ".yml": yaml.safe_load,
-    }
-    if path.suffix not in readers:
-        raise ValueError(f"a {what} file ends in {', '.join(readers)}, got {path.name}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {what} file {path}") from None
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise ValueError(f"{what} {path} is not a text file") from None
-    try:
-        return readers[path.suffix](text)
-    except Exception as error:  # PyYAML lets through what its constructors stumble over, such as a KeyError
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{what} {path} is not valid {path.suffix[1:].upper()}: {reason}") from None

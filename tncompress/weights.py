@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from tncompress.storage import new_file
+from tncompress.textfiles import one_line
 
-__all__ = ["load_weights", "save_weights"]
+__all__ = ["load_weights", "refuse_pickle", "save_weights"]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -39,7 +39,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             for key, value in before.items():
                 own[key].copy_(value)
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {_misfit(state, before, error)}"
+            f"{path} does not fit {type(model).__name__}: {one_line(_misfit(state, before, error))}"
         ) from error
 
 
@@ -63,12 +63,36 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         safetensors.torch.save_model(model, str(fresh))
 
 
+def refuse_pickle(path: Path) -> None:
+    """Raise ``ValueError`` where a file that should be safetensors is a pickle, or a file of ``torch.save``.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+    ...     torch.save({}, file.name)
+    ...     refuse_pickle(Path(file.name))  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    ValueError: /tmp/....safetensors is in truth a file of torch.save, ...
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[8:9] == b"{":  # the length of a safetensors header may begin like a pickle; what follows may not
+        return
+    kind = "a file of torch.save" if head.startswith(b"PK\x03\x04") else "a pickle"
+    if kind == "a pickle" and not re.match(rb"\x80[\x00-\x05]|c[\w.]+\n[\w.]+\n|[(\]}]", head):
+        return
+    raise ValueError(
+        f"{path} is in truth {kind}, which could run any code and is not loaded: want a safetensors file, as "
+        "save_weights and tnc.save write it"
+    )
+
+
 def _read_safetensors(path: Path) -> Any:
+    refuse_pickle(path)
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}): fetch or save it again"
+            f"{path} is not a whole safetensors file ({one_line(error)}): fetch or save it again"
         ) from error
 
 
