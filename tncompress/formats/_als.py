@@ -67,7 +67,7 @@ def sweep(work: Tensor, matrices: Matrices, steady: PerItem, shrink: PerItem) ->
     weights = (steady, shrink)
     projected = (a.flatten(1, 2) @ flat).reshape(*b.shape, -1)
     spread = khatri_rao(small)
-    b = solve(_gram(a) * _gram(spread), (projected * spread[..., None, :]).sum(-1), b, *weights)
+    b = solve(_gram(a) * _gram(spread), (projected @ spread[..., None])[..., 0], b, *weights)
     profile = (b[..., None, :] @ projected).reshape(*b.shape[:3], *work.shape[3:])
     small = _solve_small(profile, _gram(a) * _gram(b), small, weights)
     spread = khatri_rao(small)
@@ -100,15 +100,14 @@ def solve(gram: Tensor, target: Tensor, previous: Tensor, steady: PerItem, shrin
     The squared norm of a term is its squared vector times the diagonal entry of ``gram``: penalising it by mu
     multiplies the diagonal by 1 + mu. Where a system cannot be solved, the previous matrix stays.
     """
-    gram, target = gram.double(), target.double()
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    scale = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+    damped = gram.to(torch.float64, copy=True)
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    scale = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(damped.dtype).tiny)
     pull = steady[..., None] * scale
-    lower, failed = torch.linalg.cholesky_ex(
-        gram + torch.diag_embed(shrink[..., None] * diagonal + pull + JITTER * scale)
-    )
-    solved = torch.cholesky_solve(target + pull[..., None] * previous, lower).to(previous.dtype)
-    sound = (failed == 0) & solved.isfinite().all(-1).all(-1)
+    diagonal += shrink[..., None] * diagonal + pull + JITTER * scale
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    solved = torch.cholesky_solve(target.double() + pull[..., None] * previous, lower).to(previous.dtype)
+    sound = (failed == 0) & solved.sum((-2, -1)).isfinite()
     return torch.where(sound[..., None, None], solved, previous)
 
 
@@ -180,8 +179,7 @@ def slice_start(work: Tensor, rank: int) -> tuple[Matrices, PerItem]:
 
 def _principal(matrix: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m m"]:
     """Return the left singular vectors of every wide matrix, strongest first: an orthogonal matrix."""
-    wide = matrix.double()
-    return torch.linalg.eigh(wide @ wide.mT)[1].flip(-1).to(matrix.dtype)
+    return torch.linalg.eigh(matrix @ matrix.mT)[1].flip(-1)
 
 
 def _rows(matrix: Float[Tensor, "groups m n"], index: Tensor) -> Float[Tensor, "groups rank n"]:

@@ -100,8 +100,9 @@ class CP(Format):
         work = working_copy(kernels).permute(0, *order).reshape(len(kernels), -1)
         peaks = work.abs().amax(1, keepdim=True)
         peaks = torch.where(peaks > 0, peaks, 1.0)
-        norms = (work / peaks).norm(dim=1, keepdim=True)
-        work = (work / peaks / norms.clamp_min(1.0)).unflatten(1, sizes)
+        work = work / peaks
+        norms = work.norm(dim=1, keepdim=True)
+        work = work.div_(norms.clamp_min(1.0)).unflatten(1, sizes)
         exact = kernels.dtype == torch.float64 or math.prod(sizes) * rank <= CHEAP
         matrices = cp_als(work if exact else work.float(), rank)
         share = ((peaks ** (1 / len(sizes))) * norms ** (1 / len(sizes)))[..., None]
