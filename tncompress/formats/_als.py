@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,13 +19,17 @@ Matrices = list[Tensor]
 PerItem = Float[Tensor, "groups starts"]
 
 TOLERANCE, GOOD_ENOUGH = 1e-5, 1e-7
-RIDGE_START, RIDGE_DECAY, RIDGE_FLOOR, SHRINK = 1e-2, 0.8, 1e-9, 1e-3
+RIDGE_DECAY, RIDGE_FLOOR = 0.8, 1e-9
+STIFF, LOOSE = (1e-2, 1e-2), (1e-8, 1e-4)
+"""The two penalties of :func:`sweep` in a first and a second descent, the latter over the error."""
+CORRECTIONS, LAST_SWEEPS, LOOSER, LARGEST_TERM = 60, 5, 1.01, 9.0
+"""How :func:`tame` corrects large terms; rounding to half precision may add a little to the largest."""
 JITTER = 1e-14
 """Added to a Gram matrix, over its mean diagonal: keeps terms that have died from making it singular."""
 
 
 def descend(
-    work: Tensor, start: Matrices, limit: int, ridge: float = RIDGE_START
+    work: Tensor, start: Matrices, limit: int, penalties: tuple[float, float]
 ) -> tuple[Matrices, PerItem]:
     """Return the matrices after alternating least squares from ``start``, and their relative errors.
 
@@ -32,11 +37,12 @@ def descend(
     restarts, Mitchell, Ye and De Sterck 2020); where the error would rise, the step is taken back.
     """
     best = ahead = start
+    ridge, shrink = penalties
     error = start[0].new_full(start[0].shape[:2], math.inf, dtype=torch.float64)
     steady, streak = torch.full_like(error, ridge), torch.zeros_like(error)
     done = torch.zeros_like(error, dtype=torch.bool)
     for _ in range(limit):
-        found, reached = sweep(work, ahead, steady, SHRINK * error.clamp_max(1.0))
+        found, reached = sweep(work, ahead, steady, shrink * error.clamp_max(1.0))
         taken = ~done & reached.isfinite() & ((reached <= error) | (streak == 0))
         gain = error - reached
         error = torch.where(taken, reached, error)
@@ -109,6 +115,63 @@ def solve(gram: Tensor, target: Tensor, previous: Tensor, steady: PerItem, shrin
     solved = torch.cholesky_solve(target.double() + pull[..., None] * previous, lower).to(previous.dtype)
     sound = (failed == 0) & solved.sum((-2, -1)).isfinite()
     return torch.where(sound[..., None, None], solved, previous)
+
+
+def tame(work: Tensor, matrices: Matrices, error: PerItem, limit: int) -> tuple[Matrices, PerItem]:
+    """Return matrices with no term above ``LARGEST_TERM`` in norm, and their errors.
+
+    Where a term is larger than its tensor, ``sum ||term||^2`` is minimised while the error stays within
+    ``LOOSER`` times what it was (error-preserving correction, Phan, Tichavsky and Cichocki 2018): by sweeps
+    under the penalty ``mu * sum ||term||^2``, whose mu grows while the error allows it and shrinks where it
+    does not. Where a term is above ``LARGEST_TERM``, mu grows whatever the error. A matrix solved for is no
+    worse than zeros, so ``||rest||^2 + mu * sum ||term||^2 <= 1`` after any sweep: at ``LARGEST_TERM^-2`` mu
+    is large enough for every tensor.
+    """
+    pick = (term_norms(matrices).amax((1, 2)) > 1).nonzero()[:, 0]
+    if len(pick) == 0:
+        return matrices, error
+    part, current = work[pick], [matrix[pick] for matrix in matrices]
+    best = _Candidate.of(current, error[pick])
+    allowed, top = (LOOSER * best.error).clamp_min(GOOD_ENOUGH), LARGEST_TERM**-2
+    mu = ((LOOSER**2 - 1) * allowed.square() / best.energy).clamp(1e-12, top)
+    steady = torch.full_like(mu, RIDGE_FLOOR)
+    sweeps = max(2 * LAST_SWEEPS, min(CORRECTIONS, limit))
+    for left in reversed(range(sweeps)):
+        current, reached = sweep(part, current, steady, mu)
+        found = _Candidate.of(current, reached)
+        best = best.or_better(found, allowed)
+        step = 1 + 3 * (left / sweeps) ** 2
+        mu = torch.where((found.largest > LARGEST_TERM) | (reached <= allowed), mu * step, mu / step)
+        if left <= LAST_SWEEPS:
+            mu = torch.where(best.largest > LARGEST_TERM, top, mu)
+        mu = mu.clamp_max(top)
+    tamed = [matrix.index_copy(0, pick, new) for matrix, new in zip(matrices, best.matrices, strict=True)]
+    return tamed, error.index_copy(0, pick, best.error)
+
+
+class _Candidate(NamedTuple):
+    """Matrices with what they are judged by: error, sum of squared norms of terms, and largest norm."""
+
+    matrices: Matrices
+    error: PerItem
+    energy: PerItem
+    largest: PerItem
+
+    @classmethod
+    def of(cls, matrices: Matrices, error: PerItem) -> _Candidate:
+        norms = term_norms(matrices)
+        return cls(matrices, error, norms.square().sum(-1), norms.amax(-1))
+
+    def or_better(self, other: _Candidate, allowed: PerItem) -> _Candidate:
+        """Return, item by item, the one whose terms are not too large, then of lower error, then energy."""
+        mine, theirs = self.largest > LARGEST_TERM, other.largest > LARGEST_TERM
+        excess, found = self.error.maximum(allowed), other.error.maximum(allowed)
+        closer = (found < excess) | ((found == excess) & (other.energy < self.energy))
+        better = (mine & ~theirs) | ((mine == theirs) & closer)
+        return _Candidate(
+            choose(better, other.matrices, self.matrices),
+            *(torch.where(better, new, old) for new, old in zip(other[1:], self[1:], strict=True)),
+        )
 
 
 def khatri_rao(matrices: Matrices) -> Tensor:
@@ -186,13 +249,19 @@ def _rows(matrix: Float[Tensor, "groups m n"], index: Tensor) -> Float[Tensor, "
     return matrix.gather(1, index[..., None].expand(-1, -1, matrix.shape[2]))
 
 
-def random_starts(
-    sizes: Sequence[int], rank: int, starts: int, like: Tensor
-) -> list[Float[Tensor, "starts rank _"]]:
-    """Return random matrices for every mode, always the same, on the device and in the dtype of ``like``."""
+def with_random(work: Tensor, start: Matrices, count: int) -> Matrices:
+    """Return ``start`` and, beside it, ``count`` random starts: the same for every tensor."""
+    groups, _, rank, _ = start[0].shape
     generator = torch.Generator("cpu").manual_seed(0)
     drawn = [
-        [torch.randn(rank, n, generator=generator, dtype=torch.float64, device="cpu") for n in sizes]
-        for _ in range(starts)
+        [torch.randn(rank, n, generator=generator, dtype=torch.float64, device="cpu") for n in work.shape[1:]]
+        for _ in range(count)
     ]
-    return [torch.stack(matrices).to(like) for matrices in zip(*drawn, strict=True)]
+    others = (torch.stack(matrices).to(work) for matrices in zip(*drawn, strict=True))
+    return [torch.cat([a, b.expand(groups, *b.shape)], 1) for a, b in zip(start, others, strict=True)]
+
+
+def lowest(matrices: Matrices, error: PerItem) -> Matrices:
+    """Return the matrices of that start of each tensor which has the lowest error."""
+    winner = error.argmin(1)[:, None, None, None]
+    return [matrix.take_along_dim(winner, 1) for matrix in matrices]

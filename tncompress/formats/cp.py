@@ -18,11 +18,10 @@ SWEEPS, RESTARTS = 120, 4
 FEWEST_SWEEPS, BUDGET = 30, 2**33
 """A large kernel gets as many sweeps as fit into ``BUDGET`` products of its entries with the rank."""
 TRIAL, CHEAP = 60, 2**22
-"""Random starts, of ``TRIAL`` sweeps each, are for kernels with at most ``CHEAP`` such products."""
+"""After ``TRIAL`` sweeps, or half of all, the best start goes on alone. Kernels with at most ``CHEAP`` such
+products have random ones beside the first."""
 CHUNK = 2**20
 """Kernels are fitted together as long as they keep no more than ``CHUNK`` numbers in work."""
-CORRECTIONS, LOOSER, LARGEST_TERM = 60, 1.01, 9.0
-"""What is done about large terms (:func:`_tame`). Rounding to bfloat16 may add a tenth to ``LARGEST_TERM``."""
 
 
 @register_format("cp")
@@ -131,35 +130,18 @@ def cp_als(tensors: Float[Tensor, "groups ..."], rank: int) -> list[Float[Tensor
     order = sorted(range(tensors.ndim - 1), key=lambda mode: -tensors.shape[mode + 1])
     work = tensors.permute(0, *(mode + 1 for mode in order)).contiguous()
     start, left_out = als.slice_start(work, rank)
-    best = start
-    products = work[0].numel() * rank
+    best, products = start, work[0].numel() * rank
     if rank < work[0, 0].numel():
-        limit, ridge = min(SWEEPS, max(FEWEST_SWEEPS, BUDGET // products)), als.RIDGE_START
-        if RESTARTS and products <= CHEAP:
-            best, ridge = _best_start(work, start, min(TRIAL, SWEEPS)), RIDGE_LATER
-        best, error = als.descend(work, best, limit, ridge)
-        best = _tame(work, best, error, start, left_out)
+        affordable = min(SWEEPS, max(FEWEST_SWEEPS, BUDGET // products))
+        trial = min(TRIAL, affordable // 2)
+        rest = affordable - trial
+        if products <= CHEAP:
+            best, rest = als.with_random(work, best, RESTARTS), SWEEPS
+        best = als.lowest(*als.descend(work, best, trial, als.STIFF))
+        best, error = als.tame(work, *als.descend(work, best, rest, als.LOOSE), affordable)
+        best = als.choose(error <= left_out, best, start)
     return [best[order.index(mode)][:, 0] for mode in range(len(order))]
 
-
-RIDGE_LATER = 1e-2
-
-
-def _best_start(work: Tensor, start: als.Matrices, sweeps: int) -> als.Matrices:
-    """Return, for each tensor, the best fit after some sweeps from the given start and random ones."""
-    rank = start[0].shape[2]
-    others = als.random_starts(work.shape[1:], rank, RESTARTS, work)
-    starts = [torch.cat([a, b.expand(len(a), *b.shape)], 1) for a, b in zip(start, others, strict=True)]
-    fitted, error = als.descend(work, starts, sweeps)
-    winner = error.argmin(1)[:, None, None, None]
-    return [matrix.take_along_dim(winner, 1) for matrix in fitted]
-
-
-def _tame(work, best, error, start, left_out):
-    print('max term', als.term_norms(best).amax()) if DEBUG else None
-    return best
-
-DEBUG=False
 
 def _from_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, svh = svd(matrix)
