@@ -8,7 +8,6 @@ one item, a pair of group and start, is a tensor ``(groups, starts)``; items nev
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch

@@ -85,8 +85,9 @@ class CP(Format):
         fits = [self._fit_chunk(part, rank) for part in kernels.split(chunk)]
         factors = tuple(torch.cat(parts) for parts in zip(*(parts for parts, *_ in fits), strict=True))
         errors, norms, peaks = (torch.cat(parts) for parts in zip(*(rest for _, *rest in fits), strict=True))
-        weights = norms * (peaks / peaks.max())
-        return Fit(factors, float((weights * errors).norm() / weights.norm()) if norms.any() else 0.0)
+        weights = norms * (peaks / peaks.max().clamp_min(torch.finfo(peaks.dtype).smallest_normal))
+        total = float(weights.norm())
+        return Fit(factors, float((weights * errors).norm()) / total if total > 0 else 0.0)
 
     def _fit_chunk(self, kernels: Tensor, rank: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
         """Return stacked factors, relative errors, and norms over the largest entries, which come last.
