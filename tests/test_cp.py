@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tncompress.formats import CP, Format, cp
+from tncompress.formats import CP, cp
 from tncompress.formats import _als as als
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -223,12 +223,13 @@ def test_nothing_but_the_last_correction_need_keep_terms_small(monkeypatch):
     assert fit.rel_error < 0.01
 
 
-@pytest.mark.parametrize("eps", [0.03, 1e-3, 1e-5, 1e-7])
-def test_terms_too_large_are_cut_down_and_the_error_is_the_true_one(eps):
+@pytest.mark.parametrize("eps", [0.01, 1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("sweeps", [1, 60])
+def test_terms_too_large_are_cut_down_and_the_error_is_the_true_one(eps, sweeps):
     matrices = cancelling(eps)
     work = dense(matrices)[None]
     assert float(als.term_norms(matrices).max()) > 10
-    tamed, error = als.tame(work, matrices, torch.zeros(1, 1, dtype=torch.float64), 60)
+    tamed, error = als.tame(work, matrices, torch.zeros(1, 1, dtype=torch.float64), sweeps)
     assert float(als.term_norms(tamed).max()) <= als.LARGEST_TERM
     assert float(error) == pytest.approx(float((dense(tamed) - work[0]).norm()), abs=2e-6)
     assert float(error) < 1
@@ -242,8 +243,8 @@ def test_a_correction_lowers_the_energy_of_the_terms_and_keeps_the_error():
     before = als.term_norms(matrices)
     assert 1 < float(before.max()) <= als.LARGEST_TERM
     tamed, after = als.tame(work, matrices, error, 60)
-    assert float((dense(tamed) - work[0]).norm()) <= als.LOOSER * float(error) * (1 + 1e-6)
-    assert float(after) <= als.LOOSER * float(error)
+    assert float((dense(tamed) - work[0]).norm()) <= 1.01 * float(error) * (1 + 1e-6)
+    assert float(after) <= 1.01 * float(error) * (1 + 1e-6)
     assert float(als.term_norms(tamed).square().sum()) < 0.995 * float(before.square().sum())
 
 
@@ -317,6 +318,7 @@ def test_the_start_is_made_of_orthogonal_terms_and_knows_its_error(shape):
         for g in range(3):
             rest = float((dense([m[g : g + 1] for m in matrices]) - work[g]).norm())
             assert float(error[g]) == pytest.approx(rest, abs=1e-12)
+        assert bool((error.square() <= 1 - rank / full + 1e-12).all())  # the strongest are kept
         assert before is None or bool((error <= before).all())
         before = error
     assert float(error.max()) < 1e-12
@@ -328,7 +330,7 @@ def test_the_error_does_not_rise_with_the_rank(kind):
     errors = [CP().fit(kernel, (rank,)).rel_error for rank in (1, 2, 3, 5, 8, 16, 30, 45)]
     assert errors[-1] < 1e-12
     for worse, better in pairwise(errors):
-        assert better <= 1.02 * worse + 1e-7
+        assert better <= 1.02 * worse + 1e-4
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])

@@ -113,7 +113,7 @@ class CP(Format):
         stored[-1] = stored[-1].mT
         made = zip(stored, self.factor_shapes(shape, (rank,)), strict=True)
         factors = tuple(factor.reshape(len(kernels), *size).contiguous() for factor, size in made)
-        return factors, errors, norms[:, 0], peaks[:, 0]
+        return factors, errors, norms[:, 0], (peaks * (norms > 0))[:, 0]
 
     def _sizes(self, shape: Shape) -> tuple[int, ...]:
         return tuple(math.prod(shape[mode] for mode in group) for group in self.modes(shape))
@@ -140,7 +140,7 @@ def cp_als(tensors: Float[Tensor, "groups ..."], rank: int) -> list[Float[Tensor
             best, rest = als.with_random(work, best, RESTARTS), SWEEPS
         best = als.lowest(*als.descend(work, best, trial, als.STIFF))
         best, error = als.tame(work, *als.descend(work, best, rest, als.LOOSE), affordable)
-        best = als.choose(error <= left_out, best, start)
+        best = als.choose((error <= left_out) & (left_out > als.GOOD_ENOUGH), best, start)
     return [best[order.index(mode)][:, 0] for mode in range(len(order))]
 
 
