@@ -345,6 +345,14 @@ def test_a_kernel_of_known_factors_is_recovered(rank, dtype):
     assert CP().fit_groups(kernels, (rank,)).rel_error < 1e-4
 
 
+@pytest.mark.parametrize(("sweeps", "restarts"), [(1, 0), (1, 1), (20, 0)])
+def test_the_laws_hold_however_few_sweeps_and_starts_there_are(sweeps, restarts, monkeypatch):
+    monkeypatch.setattr(cp, "SWEEPS", sweeps)
+    monkeypatch.setattr(cp, "RESTARTS", restarts)
+    for kernel in (normal((6, 5, 3, 3)), border()):
+        check_laws(CP(), kernel, 4)
+
+
 # --- half precision -----------------------------------------------------------------------------------------
 
 

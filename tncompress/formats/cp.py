@@ -75,7 +75,8 @@ class CP(Format):
     def fit_groups(self, kernels: Tensor, ranks: Ranks) -> Fit:
         """Return the fit of each kernel in a stack ``(groups, out, in, *spatial)``, all at the same ranks.
 
-        No term is larger than ten times its own kernel, and no fit is worse than zero factors.
+        Factors are stacked along a leading axis. No term is larger than ten times its own kernel, and no fit
+        is worse than zero factors; large terms are corrected after Phan, Tichavsky and Cichocki (2018).
         """
         shape = tuple(kernels.shape[1:])
         (rank,) = self.check_ranks(shape, ranks)
@@ -136,7 +137,7 @@ def cp_als(tensors: Float[Tensor, "groups ..."], rank: int) -> list[Float[Tensor
         affordable = min(SWEEPS, max(FEWEST_SWEEPS, BUDGET // products))
         trial = min(TRIAL, affordable // 2)
         rest = affordable - trial
-        if products <= CHEAP:
+        if RESTARTS and products <= CHEAP:
             best, rest = als.with_random(work, best, RESTARTS), SWEEPS
         best = als.lowest(*als.descend(work, best, trial, als.STIFF))
         best, error = als.tame(work, *als.descend(work, best, rest, als.LOOSE), affordable)
