@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tncompress.cuts import legs_of
+from tncompress.formats import _als as als
 from tncompress.formats.base import Fit, Format, Ranks, Shape, Stage, register_format
-from tncompress.linalg import bond_scale, svd, unfold, working_copy
+from tncompress.linalg import bond_scale, svd, working_copy
 
-SWEEPS, TOLERANCE, GOOD_ENOUGH = 120, 1e-5, 1e-7
+SWEEPS, RESTARTS = 120, 4
 FEWEST_SWEEPS, BUDGET = 30, 2**33
 """A large kernel gets as many sweeps as fit into ``BUDGET`` products of its entries with the rank."""
-RIDGE_START, RIDGE_DECAY, RIDGE_FLOOR, SHRINK = 1e-2, 0.8, 1e-9, 1e-3
-RESTARTS, TRIAL, CHEAP = 4, 60, 2**22
+TRIAL, CHEAP = 60, 2**22
+"""After ``TRIAL`` sweeps, or half of all, the best start goes on alone. Kernels with at most ``CHEAP`` such
+products have random ones beside the first."""
+CHUNK = 2**20
+"""Kernels are fitted together as long as they keep no more than ``CHUNK`` numbers in work."""
 
 
 @register_format("cp")
@@ -67,186 +69,83 @@ class CP(Format):
 
     def fit(self, kernel: Tensor, ranks: Ranks) -> Fit:
         """Return the fit by regularised alternating least squares, the same for the same kernel."""
-        shape = tuple(kernel.shape)
+        fit = self.fit_groups(kernel[None], ranks)
+        return Fit(tuple(factor[0] for factor in fit.factors), fit.rel_error)
+
+    def fit_groups(self, kernels: Tensor, ranks: Ranks) -> Fit:
+        """Return the fit of each kernel in a stack ``(groups, out, in, *spatial)``, all at the same ranks.
+
+        Factors are stacked along a leading axis. No term is larger than ten times its own kernel, and no fit
+        is worse than zero factors; large terms are corrected after Phan, Tichavsky and Cichocki (2018).
+        """
+        shape = tuple(kernels.shape[1:])
         (rank,) = self.check_ranks(shape, ranks)
+        numel = math.prod(shape)
+        starts = 1 + RESTARTS * (numel * rank <= CHEAP)
+        chunk = max(1, CHUNK // (numel + 3 * starts * rank * numel // max(shape)))
+        fits = [self._fit_chunk(part, rank) for part in kernels.split(chunk)]
+        factors = tuple(torch.cat(parts) for parts in zip(*(parts for parts, *_ in fits), strict=True))
+        errors, norms, peaks = (torch.cat(parts) for parts in zip(*(rest for _, *rest in fits), strict=True))
+        weights = norms * (peaks / peaks.max().clamp_min(torch.finfo(peaks.dtype).smallest_normal))
+        total = float(weights.norm())
+        return Fit(factors, float((weights * errors).norm()) / total if total > 0 else 0.0)
+
+    def _fit_chunk(self, kernels: Tensor, rank: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+        """Return stacked factors, relative errors, and norms over the largest entries, which come last.
+
+        Kernels are brought to norm 1 by way of their largest entry, so that no square over- or underflows.
+        """
+        shape = tuple(kernels.shape[1:])
         groups, sizes = self.modes(shape), self._sizes(shape)
-        work = working_copy(kernel)
-        tensor = work.permute(sum(groups, ())).reshape(sizes)
-        norm = float(tensor.norm())
-        if kernel.dtype != torch.float64:
-            tensor = tensor.float()
-        matrices = cp_als(tensor / (norm or 1.0), rank)
-        share = norm ** (1 / len(matrices))
-        shapes = self.factor_shapes(shape, ranks)
-        stored = [*matrices[:-1], matrices[-1].mT]
-        made = ((share * f).reshape(size).to(kernel.dtype) for f, size in zip(stored, shapes, strict=True))
-        factors = tuple(factor.contiguous() for factor in made)
-        rebuilt = self.to_dense([factor.double() for factor in factors], shape)
-        return Fit(factors, float((work - rebuilt).norm()) / norm if norm > 0 else 0.0)
+        order = [mode + 1 for group in groups for mode in group]
+        work = working_copy(kernels).permute(0, *order).reshape(len(kernels), -1)
+        peaks = work.abs().amax(1, keepdim=True)
+        peaks = torch.where(peaks > 0, peaks, 1.0)
+        work = work / peaks
+        norms = work.norm(dim=1, keepdim=True)
+        work = work.div_(norms.clamp_min(1.0)).unflatten(1, sizes)
+        exact = kernels.dtype == torch.float64 or math.prod(sizes) * rank <= CHEAP
+        matrices = cp_als(work if exact else work.float(), rank)
+        share = ((peaks ** (1 / len(sizes))) * norms ** (1 / len(sizes)))[..., None]
+        stored = [(share * matrix).to(kernels.dtype) for matrix in matrices]
+        rounded = [matrix.double() / torch.where(share > 0, share, 1.0) for matrix in stored]
+        rebuilt = rounded[0].mT @ als.khatri_rao(rounded[1:])
+        errors = (rebuilt.reshape(work.shape) - work).flatten(1).norm(dim=1)
+        stored[-1] = stored[-1].mT
+        made = zip(stored, self.factor_shapes(shape, (rank,)), strict=True)
+        factors = tuple(factor.reshape(len(kernels), *size).contiguous() for factor, size in made)
+        return factors, errors, norms[:, 0], (peaks * (norms > 0))[:, 0]
 
     def _sizes(self, shape: Shape) -> tuple[int, ...]:
         return tuple(math.prod(shape[mode] for mode in group) for group in self.modes(shape))
 
 
-def cp_als(tensor: Tensor, rank: int) -> list[Float[Tensor, "rank _"]]:
-    """Return one matrix ``(rank, size)`` for each mode of ``tensor``, fitted by least squares in turns.
+def cp_als(tensors: Float[Tensor, "groups ..."], rank: int) -> list[Float[Tensor, "groups rank _"]]:
+    """Return one matrix for each mode of a stack of tensors of norm 1, fitted by least squares in turns.
 
-    The first start is made of slices (:func:`_slice_start`), and is exact at the largest rank. Where a start
-    is cheap, random ones follow and the best fit is kept: least squares in turns can end in a local minimum.
+    The first start is made of slices (:func:`tncompress.formats._als.slice_start`), and is exact at the
+    largest rank. Where a start is cheap, random ones are tried beside it and the best goes on: least squares
+    in turns can end in a local minimum.
     """
-    if tensor.ndim == 2:
-        return _from_svd(tensor, rank)
-    order = sorted(range(tensor.ndim), key=lambda mode: -tensor.shape[mode])
-    work = tensor.permute(order).contiguous()
-    start = _slice_start(work, rank)
-    best, error = (start, 0.0) if rank == work[0].numel() else _sweeps(work, start)
-    generator = torch.Generator("cpu").manual_seed(0)
-    for _ in range(RESTARTS if tensor.numel() * rank <= CHEAP else 0):
-        if error < GOOD_ENOUGH:
-            break
-        shapes = [(rank, size) for size in work.shape]
-        random = [torch.randn(s, generator=generator, dtype=torch.float64, device="cpu") for s in shapes]
-        fitted, reached = _sweeps(work, [matrix.to(work) for matrix in random], TRIAL)
-        if reached < error:
-            best, error = _sweeps(work, fitted)
-    return [best[order.index(mode)] for mode in range(tensor.ndim)]
+    if tensors.ndim == 3:
+        return [torch.stack(parts) for parts in zip(*(_from_svd(t, rank) for t in tensors), strict=True)]
+    order = sorted(range(tensors.ndim - 1), key=lambda mode: -tensors.shape[mode + 1])
+    work = tensors.permute(0, *(mode + 1 for mode in order)).contiguous()
+    start, left_out = als.slice_start(work, rank)
+    best, products = start, work[0].numel() * rank
+    if rank < work[0, 0].numel():
+        affordable = min(SWEEPS, max(FEWEST_SWEEPS, BUDGET // products))
+        trial = min(TRIAL, affordable // 2)
+        rest = affordable - trial
+        if RESTARTS and products <= CHEAP:
+            best, rest = als.with_random(work, best, RESTARTS), SWEEPS
+        best = als.lowest(*als.descend(work, best, trial, als.STIFF))
+        best, error = als.tame(work, *als.descend(work, best, rest, als.LOOSE), affordable)
+        best = als.choose((error <= left_out) & (left_out > als.GOOD_ENOUGH), best, start)
+    return [best[order.index(mode)][:, 0] for mode in range(len(order))]
 
 
-def _sweeps(work: Tensor, start: list[Tensor], limit: int | None = None) -> tuple[list[Tensor], float]:
-    """Return the matrices after alternating least squares from ``start``, and their relative error.
-
-    Each sweep starts beyond the last one, on the line from the one before (Nesterov acceleration with
-    restarts, Mitchell, Ye and De Sterck 2020); where the error would rise, the step is taken back.
-    """
-    flat = work.flatten(1)
-    total = float(flat.double().square().sum())
-    affordable = max(FEWEST_SWEEPS, BUDGET // (work.numel() * len(start[0])))
-    limit = limit or min(SWEEPS, affordable)
-    best, error, ridge, streak = start, math.inf, RIDGE_START, 0
-    ahead = start
-    for _ in range(limit):
-        shrink = SHRINK * min(error, 1.0)
-        found, reached = _sweep(flat, work.shape, ahead, (ridge, shrink), total)
-        if reached > error and streak:
-            ahead, streak = best, 0
-            continue
-        streak += 1
-        momentum = (streak - 1) / (streak + 2)
-        ahead = [new + momentum * (new - old) for new, old in zip(found, best, strict=True)]
-        gain, best, error = error - reached, found, reached
-        if error < GOOD_ENOUGH or (ridge <= RIDGE_FLOOR and abs(gain) <= TOLERANCE * error):
-            break
-        ridge = max(ridge * RIDGE_DECAY, RIDGE_FLOOR)
-    return best, error
-
-
-def _sweep(
-    flat: Tensor, shape: Sequence[int], matrices: list[Tensor], ridge: tuple[float, float], total: float
-) -> tuple[list[Tensor], float]:
-    """Return every matrix solved for in turn, and the relative error reached.
-
-    The first number of ``ridge`` pulls towards the previous matrix and steadies the first sweeps; the second
-    pulls towards zero, and keeps terms from growing against each other. It is given in proportion to the
-    error, so that an exact fit is not biased. The two largest modes and the product of the others are three
-    blocks: a sweep costs two passes over the tensor.
-    """
-    a, b, *small = matrices
-    projected = (a @ flat).reshape(len(a), shape[1], -1)
-    spread = _khatri_rao(small)
-    b = _solve(_gram(a) * _gram(spread), (projected * spread[:, None]).sum(2), ridge, b)
-    weights = (b[:, None] @ projected).reshape(len(a), *shape[2:])
-    small = _solve_small(weights, _gram(a) * _gram(b), small, ridge)
-    spread = _khatri_rao(small)
-    target = (b[:, :, None] * spread[:, None]).flatten(1) @ flat.mT
-    gram = _gram(b) * _gram(spread)
-    a = _solve(gram, target, ridge, a)
-    return _balance([a, b, *small]), _relative_error(total, a, target, gram)
-
-
-def _from_svd(matrix: Tensor, rank: int) -> list[Tensor]:
+def _from_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, svh = svd(matrix)
     scale = bond_scale(s[:rank])
-    return [(u[:, :rank] * scale).mT, svh[:rank] / scale[:, None]]
-
-
-def _slice_start(work: Tensor, rank: int) -> list[Tensor]:
-    """Return the strongest ``rank`` of the product terms found by an SVD of every slice of ``work``.
-
-    Slices are taken along the principal directions of the small modes. All their terms together are the
-    tensor itself, which is why the largest rank is exact.
-    """
-    small_modes = range(2, work.ndim)
-    directions = {mode: svd(unfold(work, [mode]))[0] for mode in small_modes}
-    rotated = work
-    for mode, basis in directions.items():
-        rotated = torch.tensordot(rotated, basis, dims=([mode], [0])).movedim(-1, mode)
-    terms = []
-    rotated = rotated.movedim((0, 1), (-2, -1))
-    for place in product(*(range(size) for size in work.shape[2:])):
-        u, s, svh = svd(rotated[tuple(place)])
-        terms.append((s, u.mT, svh, place))
-    strengths = torch.cat([s for s, *_ in terms])
-    owner = [(i, k) for i, (s, *_) in enumerate(terms) for k in range(len(s))]
-    chosen = [owner[j] for j in strengths.argsort(descending=True, stable=True)[:rank].tolist()]
-    a = torch.stack([terms[i][1][k] for i, k in chosen])
-    b = torch.stack([terms[i][2][k] for i, k in chosen])
-    small = [
-        torch.stack([directions[mode][:, terms[i][3][mode - 2]] for i, _ in chosen]) for mode in small_modes
-    ]
-    return _balance([a, b, *small])
-
-
-def _solve_small(
-    weights: Tensor, gram: Tensor, small: list[Tensor], ridge: tuple[float, float]
-) -> list[Tensor]:
-    small = list(small)
-    for m in range(len(small)):
-        target, others = weights, gram
-        for other in reversed(range(len(small))):
-            if other != m:
-                shape = [len(target), *[-1 if axis == other else 1 for axis in range(target.ndim - 1)]]
-                target = (target * small[other].reshape(shape)).sum(1 + other, keepdim=True)
-                others = others * _gram(small[other])
-        small[m] = _solve(others, target.flatten(1), ridge, small[m])
-    return small
-
-
-def _solve(gram: Tensor, target: Tensor, ridge: tuple[float, float], previous: Tensor) -> Tensor:
-    """Return the solution of ``gram @ x = target`` with ridges towards ``previous`` and zero, in float64."""
-    gram, target = gram.double(), target.double()
-    scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    steady, shrink = ridge
-    weight = steady * scale
-    damped = gram + (weight + shrink * scale) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    right = target + weight * previous
-    solved = (
-        torch.linalg.lstsq(damped, right).solution if bool(failed) else torch.cholesky_solve(right, lower)
-    )
-    return solved.to(previous.dtype)
-
-
-def _gram(matrix: Tensor) -> Tensor:
-    return matrix @ matrix.mT
-
-
-def _khatri_rao(matrices: list[Tensor]) -> Tensor:
-    """Return the row-wise Kronecker product ``(rank, product of sizes)``."""
-    result = matrices[0]
-    for matrix in matrices[1:]:
-        result = (result[:, :, None] * matrix[:, None]).flatten(1)
-    return result
-
-
-def _balance(matrices: list[Tensor]) -> list[Tensor]:
-    """Return the same terms with the norm of each shared evenly by its vectors."""
-    norms = [matrix.norm(dim=1).clamp_min(torch.finfo(matrix.dtype).tiny) for matrix in matrices]
-    even = torch.stack(norms).log().mean(0).exp()
-    return [matrix * (even / norm)[:, None] for matrix, norm in zip(matrices, norms, strict=True)]
-
-
-def _relative_error(total: float, a: Tensor, target: Tensor, gram: Tensor) -> float:
-    """Return the relative error of a fit from its normal equations, ``total`` being the squared norm."""
-    a, target, gram = a.double(), target.double(), gram.double()
-    squared = total - float(2 * (a * target).sum() - ((gram @ a) * a).sum())
-    return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
+    return (u[:, :rank] * scale).mT, svh[:rank] / scale[:, None]
