@@ -152,7 +152,7 @@ def largest_term(layer):
     """Return the norm of the largest product term of a CP layer over the norm of its kernel."""
     stacked = layer.geometry.groups > 1
     norms = 1.0
-    for legs, factor in zip(layer.format.network(layer.geometry.kernel_shape), layer.factors, strict=True):
+    for legs, factor in zip(layer.format.network(layer.geometry.kernel_shape), layer.tensors(), strict=True):
         terms = factor.detach().double().movedim(legs.index("r0") + stacked, -1)
         norms = norms * (terms.flatten(1, -2) if stacked else terms.flatten(0, -2)).norm(dim=-2)
     kernels = layer.geometry.kernels(layer.weight.detach().double()).flatten(1).norm(dim=1)

@@ -571,3 +571,34 @@ def test_a_new_format_is_one_class():
         assert_close(small(x), svd(x))
     finally:
         del REGISTRY["two-cores"]
+
+
+@every_format_and_geometry
+def test_a_layer_takes_the_memory_format_of_its_kind(format, geometry):
+    """As the dense layer does: 2d layers can be moved to channels_last, 3d layers to channels_last_3d."""
+    dense = geometry.layer()
+    layer = random_layer(format, dense, 0.5)
+    kind = {2: torch.channels_last, 3: torch.channels_last_3d}.get(layer.geometry.ndim)
+    if kind is None:
+        return
+    x = geometry.input()
+    wanted = layer(x)
+    layer = layer.to(memory_format=kind)
+    assert all(factor.is_contiguous(memory_format=kind) for factor in layer.factors)
+    assert_close(layer(x), wanted, rtol=1e-10, atol=1e-12)
+    assert_close(layer.to_dense()(x), wanted, rtol=1e-10, atol=1e-12)
+
+
+@every_format_and_geometry
+def test_tensors_of_a_layer_are_those_it_was_made_of(format, geometry):
+    geo = ConvGeometry.of(geometry.layer())
+    ranks = ranks_at(format, geo.kernel_shape, 0.5)
+    factors = random_factors(format, geo.kernel_shape, ranks, groups=geo.groups)
+    layer = TNConv(format, geo, factors)
+    for got, factor in zip(layer.tensors(), factors, strict=True):
+        assert torch.equal(got, factor)
+    other = TNConv(format, geo, [torch.zeros_like(factor) for factor in factors])
+    other.load_state_dict({f"factors.{i}": factor for i, factor in enumerate(factors)})
+    assert all(torch.equal(a, b) for a, b in zip(other.factors, layer.factors, strict=True))
+    sum(tensor.square().sum() for tensor in layer.tensors()).backward()
+    assert all(torch.equal(factor.grad, 2 * factor) for factor in layer.factors)

@@ -78,17 +78,20 @@ def chain_calls(geometry: ConvGeometry, stages: Sequence[Stage]) -> tuple[ConvCa
 
 def run_chain(
     x: Tensor,
-    factors: Sequence[Tensor],
+    stored: Sequence[Tensor],
     stages: Sequence[Stage],
     calls: Sequence[ConvCall],
     bias: Tensor | None,
     *,
     groups: int = 1,
 ) -> Tensor:
-    """Return the layer's output for ``x``, one convolution after another; the last adds the bias."""
+    """Return the layer's output for ``x``, one convolution after another; the last adds the bias.
+
+    ``stored`` holds each factor in the shape :meth:`Stage.stored_shape`.
+    """
     last = len(stages) - 1
     for i, (stage, call) in enumerate(zip(stages, calls, strict=True)):
-        x = call(x, stage.weight(factors, groups), bias if i == last else None)
+        x = call(x, stage.weight(stored[stage.factor], groups), bias if i == last else None)
     return x
 
 

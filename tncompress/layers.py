@@ -29,9 +29,9 @@ def _of_torch(name: str) -> property:
 class TNConv(nn.Module):
     """A 1d, 2d or 3d convolution, plain or transposed, or a linear layer, whose kernel is a tensor network.
 
-    Parameters are ``factors`` (shapes: ``format.factor_shapes``; those of several groups are stacked along a
-    leading axis) and ``bias`` (or None). Inputs and outputs are those of the dense layer of the same
-    ``geometry``, whose attributes (``in_channels``, ``stride``, ...) can be read here, too.
+    Parameters are ``factors``, each held as the weight of its convolution, and ``bias`` (or None);
+    :meth:`tensors` gives the factors with the legs of the network. Inputs and outputs are those of the dense
+    layer of the same ``geometry``, whose attributes (``in_channels``, ``stride``, ...) can be read here, too.
 
     >>> from tncompress import MPS
     >>> conv = nn.Conv2d(8, 16, 3, padding=1)
@@ -56,6 +56,7 @@ class TNConv(nn.Module):
         *,
         rel_error: float | None = None,
     ) -> None:
+        """Take ``factors`` with the legs of the network (shapes: ``format.factor_shapes``), as in a fit."""
         super().__init__()
         self.format = format
         self.geometry = geometry
@@ -63,7 +64,9 @@ class TNConv(nn.Module):
         self.rel_error = rel_error
         self.stages = format.stages(geometry.kernel_shape, self.ranks)
         self._calls = chain_calls(geometry, self.stages)
-        self.factors = nn.ParameterList([nn.Parameter(factor) for factor in factors])
+        shapes = self._stored_shapes()
+        held = (factor.reshape(shape) for factor, shape in zip(factors, shapes, strict=True))
+        self.factors = nn.ParameterList([nn.Parameter(factor) for factor in held])
         self.bias = nn.Parameter(bias) if bias is not None else None
 
     @classmethod
@@ -77,11 +80,32 @@ class TNConv(nn.Module):
         copied = bias.detach().clone() if bias is not None else None
         return cls(format, geometry, fit.factors, copied, rel_error=fit.rel_error)
 
+    def _stored_shapes(self) -> list[tuple[int, ...]]:
+        stages = sorted(self.stages, key=lambda stage: stage.factor)
+        return [stage.stored_shape(self.geometry.groups) for stage in stages]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the factors with the legs that ``format.network`` names, those of several groups stacked.
+
+        They share their memory with ``factors`` where that is possible, and their gradients always.
+        """
+        shapes = self.format.factor_shapes(self.geometry.kernel_shape, self.ranks, self.geometry.groups)
+        return [factor.reshape(shape) for factor, shape in zip(self.factors, shapes, strict=True)]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load factors with the legs of the network, too, as the first format of saved models has them."""
+        shapes = self.format.factor_shapes(self.geometry.kernel_shape, self.ranks, self.geometry.groups)
+        for i, (legs, held) in enumerate(zip(shapes, self._stored_shapes(), strict=True)):
+            found = state_dict.get(key := f"{prefix}factors.{i}")
+            if found is not None and found.shape == legs:
+                state_dict[key] = found.reshape(held)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     @property
     def weight(self) -> Tensor:
         """The dense weight that the factors stand for, shaped as torch's, rebuilt at each access."""
         shape, groups = self.geometry.kernel_shape, self.geometry.groups
-        kernels = self.format.to_dense(list(self.factors), shape)
+        kernels = self.format.to_dense(self.tensors(), shape)
         return self.geometry.weight(kernels if groups > 1 else kernels[None])
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:

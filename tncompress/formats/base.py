@@ -41,16 +41,17 @@ class Stage:
     groups: int = 1
     copies: int = 1
 
-    def weight(self, factors: Sequence[Tensor], groups: int = 1) -> Tensor:
-        """Return the convolution weight of this stage: a view of its factor unless it is copied.
+    def stored_shape(self, groups: int = 1) -> Shape:
+        """Return the shape in which a layer of ``groups`` groups holds the factor (no copies)."""
+        channels, *window = self.shape
+        return (groups * channels // self.copies, *window)
 
-        With ``groups`` of the layer, along which the factors are stacked, the weights follow one another.
-        """
-        factor, (channels, *window) = factors[self.factor], self.shape
-        if self.copies > 1:
-            single = factor.reshape(groups, 1, channels // self.copies, *window)
-            factor = single.expand(-1, self.copies, *[-1] * (single.ndim - 2))
-        return factor.reshape(groups * channels, *window)
+    def weight(self, stored: Tensor, groups: int = 1) -> Tensor:
+        """Return the convolution weight of this stage: the ``stored`` factor itself unless it is copied."""
+        if self.copies == 1:
+            return stored
+        single = stored.unflatten(0, (groups, 1, -1))
+        return single.expand(-1, self.copies, *[-1] * (single.ndim - 2)).flatten(0, 2)
 
 
 @dataclass(frozen=True)
