@@ -4,8 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.testing import assert_close
@@ -204,3 +206,47 @@ def test_onnx_that_is_off_is_not_left(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"off by 0\.5"):
         tnc.export_onnx(small_model(), tmp_path / "m.onnx", torch.randn(1, 1, 28, 28))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_first_release_saved_still_loads():
+    """Its factors have the legs of the network, its manifest has no checksum, its geometries no groups."""
+    folder = Path(__file__).parent / "files" / "saved-version-1"
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.Conv2d(6, 6, 3, stride=(1, 2), padding=(0, 1), padding_mode="reflect"),
+        nn.Conv2d(6, 5, (1, 3), bias=False),
+        nn.Flatten(),
+        nn.Linear(105, 4),
+    )
+    small = tnc.load(folder, model)
+    assert [type(layer).__name__ for layer in small] == ["Conv2d", "TNConv", "TNConv", "Flatten", "TNConv"]
+    wanted = safetensors.torch.load_file(folder / "expected.safetensors")["output"]
+    assert_close(small(torch.linspace(-1, 1, 360).reshape(2, 2, 9, 10)), wanted)
+
+
+@pytest.mark.parametrize(
+    "kind", ["depthwise", "subclasses", "parametrized", "compressed", "grouped", "transposed"]
+)
+@pytest.mark.parametrize("format", ["mps", "cp"])
+def test_layers_of_every_kind_are_loaded_onto_the_dense_model(tmp_path, kind, format):
+    made = {
+        "depthwise": lambda: nn.Conv2d(6, 12, 5, groups=6),
+        "subclasses": lambda: type("Mine", (nn.Conv2d,), {})(6, 8, 3),
+        "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 8, 3)),
+        "compressed": lambda: tnc.TNConv.from_dense(nn.Conv2d(6, 8, 3), tnc.SVD(), (4,)),
+        "grouped": lambda: nn.Conv2d(6, 8, 3, groups=2),
+        "transposed": lambda: nn.ConvTranspose2d(6, 8, 3, stride=2, groups=2, output_padding=1),
+    }
+
+    def model():
+        return nn.Sequential(made[kind](), nn.ReLU()).eval()
+
+    include = [kind] if kind in ("depthwise", "subclasses", "parametrized", "compressed") else []
+    settings = {"format": format, "rank": {"fixed": 1}}
+    small = tnc.compress(
+        model(), {"default": settings, "keep_dense": [], "include": include, "allow_larger": True}
+    )
+    assert isinstance(small[0], tnc.TNConv)
+    tnc.save(small, tmp_path / "m")
+    x = torch.randn(2, 6, 9, 8)
+    assert torch.equal(tnc.load(tmp_path / "m", model)(x), small(x))

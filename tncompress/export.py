@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tncompress.discovery import eval_mode, find_layers
+from tncompress.discovery import copy_model, eval_mode, find_layers
 from tncompress.formats import make_format
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
@@ -181,7 +180,7 @@ def _architecture(manifest: Mapping[str, Any], model: Any, folder: Path) -> nn.M
     """Return a fresh dense model to put the layers in."""
     source = manifest["source"]
     if isinstance(model, nn.Module):
-        return copy.deepcopy(model)
+        return copy_model(model)
     if callable(model):
         return model()
     if isinstance(model, str):

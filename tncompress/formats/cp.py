@@ -68,16 +68,19 @@ class CP(Format):
         return *stages, Stage(1 + len(spatial), (shape[0], rank, *ones))
 
     def fit(self, kernel: Tensor, ranks: Ranks) -> Fit:
-        """Return the fit by regularised alternating least squares, the same for the same kernel."""
-        fit = self.fit_groups(kernel[None], ranks)
+        """Return the fit by regularised alternating least squares, the same for the same kernel.
+
+        No term is larger than ten times the kernel, and no fit is worse than zero factors; large terms are
+        corrected after Phan, Tichavsky and Cichocki (2018).
+        """
+        fit = self._fit_stack(kernel[None], ranks)
         return Fit(tuple(factor[0] for factor in fit.factors), fit.rel_error)
 
     def fit_groups(self, kernels: Tensor, ranks: Ranks) -> Fit:
-        """Return the fit of each kernel in a stack ``(groups, out, in, *spatial)``, all at the same ranks.
+        """Return what :meth:`fit` gives for each kernel, all of them fitted at once."""
+        return self.fit(kernels[0], ranks) if len(kernels) == 1 else self._fit_stack(kernels, ranks)
 
-        Factors are stacked along a leading axis. No term is larger than ten times its own kernel, and no fit
-        is worse than zero factors; large terms are corrected after Phan, Tichavsky and Cichocki (2018).
-        """
+    def _fit_stack(self, kernels: Tensor, ranks: Ranks) -> Fit:
         shape = tuple(kernels.shape[1:])
         (rank,) = self.check_ranks(shape, ranks)
         numel = math.prod(shape)
