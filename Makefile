@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all test-fast lint docs bench grid zoo clean
+.PHONY: demo test test-all bugs test-fast lint docs bench grid zoo clean
 
 demo: $(VENV)/.base
 	$(BIN)/tncompress demo --overwrite $(ARGS)
@@ -16,6 +16,9 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest --zoo $(COVERAGE) $(ARGS)
+
+bugs: $(VENV)/.test
+	$(BIN)/python tests/plant_bugs.py $(ARGS)
 
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -263,8 +262,7 @@ def finetune(
         control=control,
         progress=not as_json,
     )
-    tnc.save(history.model.cpu(), out, **origin, overwrite=overwrite)
-    (out / "history.json").write_text(json.dumps(history.to_dict(), indent=1) + "\n")
+    tnc.save(history.model.cpu(), out, **origin, history=history.to_dict(), overwrite=overwrite)
     cli.show(history, as_json=as_json)
     cli.say(f"saved in {out}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,13 +44,15 @@ def save(
     *,
     source: Mapping[str, Any] | None = None,
     dense_weights: str | Path | None = None,
+    history: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write ``small`` to a new ``directory``: ``model.safetensors`` and ``tncompress.json``.
 
     ``source`` says how the dense model is built: the arguments of :func:`tncompress.build_model`, such as
     ``{"source": "zoo:cnn4", "num_classes": 10}``, with which :func:`load` needs no model; ``dense_weights``
-    where its weights lie, for a later comparison. The folder appears whole or not at all; one that exists is
+    where its weights lie, for a later comparison; ``history`` how it was trained (``History.to_dict()``), which
+    is kept as ``history.json``. The folder appears whole or not at all; one that exists is
     refused, or replaced with ``overwrite`` if it holds a saved model.
     """
     layers = [layer for layer in find_layers(small) if isinstance(layer.module, TNConv)]
@@ -66,6 +69,8 @@ def save(
     with new_directory(directory, marker=MANIFEST, overwrite=overwrite) as folder:
         save_weights(small, folder / WEIGHTS)
         write_manifest(folder, fields)
+        if history is not None:
+            (folder / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
 
 
 def load(directory: str | Path, model: nn.Module | Callable[[], nn.Module] | str | None = None) -> nn.Module:
