@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tncompress.formats import CP, cp
-from tncompress.formats import _als as als
+from tncompress.formats import als
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)

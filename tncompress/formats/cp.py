@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tncompress.cuts import legs_of
-from tncompress.formats import _als as als
+from tncompress.formats import als
 from tncompress.formats.base import Fit, Format, Ranks, Shape, Stage, register_format
 from tncompress.linalg import bond_scale, svd, working_copy
 
@@ -126,7 +126,7 @@ class CP(Format):
 def cp_als(tensors: Float[Tensor, "groups ..."], rank: int) -> list[Float[Tensor, "groups rank _"]]:
     """Return one matrix for each mode of a stack of tensors of norm 1, fitted by least squares in turns.
 
-    The first start is made of slices (:func:`tncompress.formats._als.slice_start`), and is exact at the
+    The first start is made of slices (:func:`tncompress.formats.als.slice_start`), and is exact at the
     largest rank. Where a start is cheap, random ones are tried beside it and the best goes on: least squares
     in turns can end in a local minimum.
     """
