@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tncompress.formats import CP, cp
-from tncompress.formats import als
+from tncompress.formats import CP, als, cp
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)

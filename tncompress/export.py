@@ -51,8 +51,8 @@ def save(
 
     ``source`` says how the dense model is built: the arguments of :func:`tncompress.build_model`, such as
     ``{"source": "zoo:cnn4", "num_classes": 10}``, with which :func:`load` needs no model; ``dense_weights``
-    where its weights lie, for a later comparison; ``history`` how it was trained (``History.to_dict()``), kept
-    as ``history.json``. The folder appears whole or not at all; one that exists is
+    where its weights lie, for a later comparison; ``history`` how it was trained, kept as
+    ``history.json``. The folder appears whole or not at all; one that exists is
     refused, or replaced with ``overwrite`` if it holds a saved model.
     """
     layers = [layer for layer in find_layers(small) if isinstance(layer.module, TNConv)]
