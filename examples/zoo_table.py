@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import tncompress as tnc
-from tncompress.discovery import eval_mode
 from tncompress.measure import num_params
 from tncompress.report import environment
+from tncompress.running import eval_mode
 from tncompress.tables import count, markdown_table
 
 FORMATS = ("svd", "mps", "tucker", "cp")

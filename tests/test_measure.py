@@ -6,7 +6,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tncompress as tnc
-from tncompress.discovery import call_model, eval_mode
 from tncompress.measure import (
     bytes_on_disk,
     device_of,
@@ -17,6 +16,7 @@ from tncompress.measure import (
     peak_memory,
     recovery,
 )
+from tncompress.running import call_model, eval_mode
 
 
 def test_accuracy_and_loss_are_exact():

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tncompress.discovery import copy_model, eval_mode, find_layers, input_of_call
+from tncompress.discovery import find_layers
 from tncompress.layers import TNConv
+from tncompress.running import copy_model, eval_mode, input_of_call
 
 M = TypeVar("M", bound=nn.Module)
 

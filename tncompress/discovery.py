@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from tncompress.geometry import DENSE_LAYERS, ConvGeometry
 from tncompress.layers import TNConv
-
-M = TypeVar("M", bound=nn.Module)
+from tncompress.running import eval_mode
 
 NORM_HOOKS = (WeightNorm, SpectralNorm)
 _NORM_STATE = {"weight_g", "weight_v", "weight_orig", "weight_u"}
@@ -207,69 +204,3 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise ValueError(f"{where} is wrapped by {min(parallel)}: pass its module, wrap the result")
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{where} is a TorchScript module: pass the model that it was made from")
-
-
-def copy_model(model: M) -> M:
-    """Return a deep copy of ``model``, also where it keeps computed tensors (torch's old weight norm)."""
-    computed = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and value.grad_fn is not None
-    }
-    try:
-        with torch.inference_mode(False):  # whose tensors could not be trained later
-            return copy.deepcopy(model, computed)
-    except Exception as error:  # whatever the attributes of a user's class raise
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{type(model).__name__} can't be copied ({reason}): mend that, or compress it with inplace=True"
-        ) from error
-
-
-def input_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the input of a layer that was called with these arguments."""
-    return args[0] if args else kwargs["input"]
-
-
-def call_model(model: nn.Module, example_inputs: Any) -> Any:
-    """Return ``model`` called on a tensor, a tuple of arguments or a mapping of keyword arguments."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    return model(example_inputs)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Put ``model`` in eval mode without gradients, and every module back into its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def input_shapes(
-    model: nn.Module, layers: list[Layer], example_inputs: Any
-) -> dict[str, list[tuple[int, ...]]]:
-    """Return the shapes of the inputs that each layer (by name) gets in one forward pass, a call each."""
-    shapes: dict[str, list[tuple[int, ...]]] = {layer.name: [] for layer in layers}
-    handles = []
-    for layer in layers:
-
-        def record(_: nn.Module, args: Any, kwargs: Any, name: str = layer.name) -> None:
-            shapes[name].append(tuple(input_of_call(args, kwargs).shape))
-
-        handles.append(layer.module.register_forward_pre_hook(record, with_kwargs=True))
-    try:
-        with eval_mode(model):
-            call_model(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes

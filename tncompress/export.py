@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tncompress.discovery import copy_model, eval_mode, find_layers
+from tncompress.discovery import find_layers
 from tncompress.formats import make_format
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
@@ -25,6 +25,7 @@ from tncompress.manifest import (
     write_manifest,
 )
 from tncompress.plan import Plan
+from tncompress.running import copy_model, eval_mode
 from tncompress.storage import new_directory, new_file
 from tncompress.surgery import replace_module_
 from tncompress.textfiles import one_line

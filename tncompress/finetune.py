@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tncompress.discovery import copy_model
 from tncompress.layers import TNConv
 from tncompress.measure import device_of, evaluate, recovery
+from tncompress.running import copy_model
 from tncompress.spec import explain
 from tncompress.tables import percent, progress_bar, render
 

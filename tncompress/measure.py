@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tncompress.discovery import call_model, eval_mode
+from tncompress.running import call_model, eval_mode
 from tncompress.weights import save_weights
 
 

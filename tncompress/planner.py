@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tncompress.contraction import chain_macs, dense_macs, macs_ratio
-from tncompress.discovery import Layer, find_layers, input_shapes, refuse_wrapped
+from tncompress.discovery import Layer, find_layers, refuse_wrapped
 from tncompress.formats import Fit, Stage
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
 from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.ranks import NoRanks, choose
+from tncompress.running import input_shapes
 from tncompress.spec import KEEP_DENSE, Rule, Settings, Spec, matches_any
 from tncompress.tables import watched
 
@@ -45,7 +46,8 @@ def make_plan(
     refuse_wrapped(model)
     layers = find_layers(model, spec.include)
     kept = _kept_dense(spec, layers)
-    calls = input_shapes(model, layers, example_inputs) if example_inputs is not None else {}
+    modules = {layer.name: layer.module for layer in layers}
+    calls = input_shapes(model, modules, example_inputs) if example_inputs is not None else {}
     decided: list[LayerPlan | Skip] = []
     fits: dict[str, Fit] = {}
     for layer in watched(layers, "planning", show=progress):
