@@ -194,3 +194,12 @@ def test_a_loader_has_a_length_and_something_in_it(trained):
         tnc.finetune(trained[1], [])
     with pytest.raises(TypeError, match="a loader with a length"):
         tnc.finetune(trained[1], iter([]))
+
+
+def test_the_teacher_stays_in_its_mode(data, trained):
+    model, small = trained
+    teacher = copy.deepcopy(model).train()
+    teacher[1].eval()
+    train_(copy.deepcopy(small), data.train_loader(), {"epochs": 1}, teacher=teacher)
+    assert [module.training for module in teacher[:3]] == [True, False, True]
+    assert teacher.training

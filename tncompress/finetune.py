@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tncompress.layers import TNConv
 from tncompress.measure import device_of, evaluate, recovery
-from tncompress.running import copy_model
+from tncompress.running import copy_model, kept_modes
 from tncompress.spec import explain
 from tncompress.tables import percent, progress_bar, render
 
@@ -193,9 +193,10 @@ def train_(
     """
     config = FinetuneConfig.parse(config)
     steps = _batches(train_loader) * config.epochs
-    trainer = _Trainer(model, teacher, config, steps)
     epochs = []
-    with torch.random.fork_rng(), progress_bar(steps, show=progress) as advance:
+    frozen = kept_modes(teacher) if teacher is not None else nullcontext()
+    with frozen, torch.random.fork_rng(), progress_bar(steps, show=progress) as advance:
+        trainer = _Trainer(model, teacher, config, steps)
         torch.manual_seed(config.seed)
         for number in range(1, config.epochs + 1):
             model.train()

@@ -46,16 +46,21 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Put ``model`` in eval mode without gradients, and every module back into its own mode afterwards."""
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Put every module of ``model`` back into its own mode, training or not, when the block ends."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
-            yield model
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put ``model`` in eval mode without gradients, and every module back into its own mode afterwards."""
+    with kept_modes(model), torch.no_grad():
+        yield model.eval()
 
 
 def input_shapes(
