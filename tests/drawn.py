@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,6 +17,7 @@ from tncompress.layers import TNConv
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 KINDS = ("plain", "plain", "transposed", "linear")
+MEMORIES = ("plain", "strided", "channels last")
 FAMILIES = ("svd", "mps", "tucker", "cp")
 TREES = FAMILIES[:-1]
 """The formats whose bonds are cuts: all but CP, whose one bond is shared by all factors."""
@@ -174,22 +175,24 @@ def _formats(draw, shape, families):
 
 
 @st.composite
-def drawn(draw, kinds=KINDS, families=FAMILIES, groups=(1, 1, 2, 3)):
+def drawn(draw, kinds=KINDS, families=FAMILIES, groups=(1, 1, 2, 3), memories=MEMORIES):
     kind = draw(st.sampled_from(kinds))
     layer = draw(_linears() if kind == "linear" else _convolutions(kind == "transposed", groups))
-    memories = ["plain", "strided"] + ["channels last"] * (len(layer[2]) > 1)
-    case = Drawn(*layer, memory=draw(st.sampled_from(memories)), seed=draw(st.integers(0, 999)))
+    possible = [m for m in memories if m != "channels last" or len(layer[2]) > 1] or ["plain"]
+    case = Drawn(*layer, memory=draw(st.sampled_from(possible)), seed=draw(st.integers(0, 999)))
     case = replace(case, format=draw(_formats(case.shape, families)))
     return replace(case, asked=tuple(draw(st.integers(1, top)) for top in case.full))
 
 
-def law(*draws, examples=100):
+def law(*draws, examples=100, shrink=True):
     """Return a decorator that tries a test on ``examples`` drawn values, the same in every run."""
+    phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
     fixed = settings(
         derandomize=True,
         deadline=None,
         database=None,
         max_examples=examples,
+        phases=phases,
         suppress_health_check=list(HealthCheck),
     )
     quiet = pytest.mark.filterwarnings(
