@@ -174,7 +174,7 @@ def test_groups_are_layers_run_side_by_side(case):
     channel = x.ndim - len(case.kernel) - 1
     biases = layer.bias.detach().chunk(case.groups) if layer.bias is not None else [None] * case.groups
     outputs = [
-        TNConv(case.format, single, [factor[g] for factor in layer.factors], biases[g])(part)
+        TNConv(case.format, single, [factor[g] for factor in layer.tensors()], biases[g])(part)
         for g, part in enumerate(x.chunk(case.groups, channel))
     ]
     assert gap(layer(x), torch.cat(outputs, channel)) <= 1e-12
@@ -189,7 +189,7 @@ def test_permuted_groups_have_permuted_factors(case, order):
         dense.weight.copy_(torch.cat([blocks[g] for g in order]))
     turned = TNConv.from_dense(dense, case.format, case.asked)
     assert turned.rel_error == pytest.approx(layer.rel_error, rel=1e-9, abs=1e-15)
-    for got, factor in zip(turned.factors, layer.factors, strict=True):
+    for got, factor in zip(turned.tensors(), layer.tensors(), strict=True):
         assert_close(got, factor[list(order)])
 
 
@@ -205,7 +205,7 @@ def test_a_layer_without_bias_is_linear_in_its_input(case):
 @law(drawn(kinds=("plain", "linear")))
 def test_a_bias_is_added_once_to_every_pixel(case):
     layer, x = case.random_layer(), case.input()
-    bare = TNConv(case.format, layer.geometry, list(layer.factors))
+    bare = TNConv(case.format, layer.geometry, layer.tensors())
     assume(layer.bias is not None)
     bias = layer.bias.reshape(-1, *[1] * len(case.kernel))
     assert gap(layer(x), bare(x) + bias) <= 1e-12
@@ -306,7 +306,7 @@ def test_factors_of_the_kernel_that_factors_make_are_the_same_up_to_signs(case):
         for one, other in zip(*(kernels_of(case, layer.weight) for layer in (first, second)), strict=True):
             assert_close(singular(one, cut), singular(other, cut), rtol=1e-9, atol=1e-10)
     network = case.format.network(case.shape)
-    for legs, *factors in zip(network, first.factors, second.factors, strict=True):
+    for legs, *factors in zip(network, first.tensors(), second.tensors(), strict=True):
         for mode in (mode for mode, leg in enumerate(legs, start=1) if leg.startswith("r")):
             spectra = [torch.linalg.svdvals(stack(case, f).movedim(mode, 1).flatten(2)) for f in factors]
             assert_close(*spectra, rtol=1e-6, atol=1e-8)
@@ -316,7 +316,7 @@ def test_factors_of_the_kernel_that_factors_make_are_the_same_up_to_signs(case):
 def test_bonds_are_split_evenly_over_their_two_sides(case):
     layer, network = case.layer(), case.format.network(case.shape)
     for bond in (f"r{i}" for i in range(len(case.asked))):
-        for factors in zip(*(stack(case, factor) for factor in layer.factors), strict=True):
+        for factors in zip(*(stack(case, factor) for factor in layer.tensors()), strict=True):
             sides = side_of(case.format, case.shape, bond)
             left, right = (gram(network, factors, side, bond) for side in sides)
             assert_close(left, right, rtol=1e-8, atol=1e-9)

@@ -374,7 +374,7 @@ def test_the_attributes_of_torchs_layer_can_be_read_and_not_written():
             setattr(layer, name, 3)
     linear = tnc.TNConv.from_dense(nn.Linear(5, 4), tnc.SVD(), (1,))
     assert (linear.in_features, linear.out_features) == (5, 4)
-    for absent in ("stride", "output_padding", "whatever"):
+    for absent in ("stride", "transposed", "whatever"):
         with pytest.raises(AttributeError, match=absent):
             getattr(linear, absent)
     turned = tnc.TNConv.from_dense(nn.ConvTranspose1d(5, 4, 3, stride=2, output_padding=1), tnc.SVD(), (1,))

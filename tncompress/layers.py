@@ -18,10 +18,12 @@ def _of_torch(name: str) -> property:
     """Return an attribute that torch's layer of this geometry has, read-only: the chain is made for it."""
 
     def read(layer: TNConv) -> Any:
-        arguments = layer.geometry.torch_arguments()
-        if name not in arguments:
-            raise AttributeError(f"a TNConv in the place of this layer has no attribute {name!r}")
-        return arguments[name]
+        ndim, transposed = layer.geometry.ndim, layer.geometry.transposed
+        plain = {"transposed": transposed, "output_padding": (0,) * ndim} if ndim else {}
+        attributes = plain | layer.geometry.torch_arguments()
+        if name not in attributes:
+            raise AttributeError(name)
+        return attributes[name]
 
     return property(read)
 
@@ -46,6 +48,7 @@ class TNConv(nn.Module):
     kernel_size, stride, dilation = _of_torch("kernel_size"), _of_torch("stride"), _of_torch("dilation")
     padding, padding_mode = _of_torch("padding"), _of_torch("padding_mode")
     output_padding, groups = _of_torch("output_padding"), _of_torch("groups")
+    transposed = _of_torch("transposed")
 
     def __init__(
         self,

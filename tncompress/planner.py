@@ -70,7 +70,7 @@ def make_plan(
 
 def digest_of(kernel: Tensor) -> str:
     """Return a fingerprint of the kernel's values, by which a plan knows the weights it was made for."""
-    raw = kernel.detach().contiguous().view(torch.uint8).cpu().numpy()
+    raw = kernel.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
     return hashlib.blake2b(raw.tobytes(), digest_size=16).hexdigest()
 
 
