@@ -136,7 +136,7 @@ def test_fixed_ranks_are_taken_as_they_are_or_recorded_clipped():
     assert tnc.MPS().factor_shapes(tuple(kernel.shape), ranks) == tuple(tuple(f.shape) for f in fit.factors)
 
 
-@pytest.mark.parametrize("ranks", [13, (11, 3), (2, 2, 2)])
+@pytest.mark.parametrize("ranks", [(10, 13), (11, 3), (2, 2, 2)])
 def test_ranks_that_a_kernel_cannot_have(ranks):
     model = nn.Sequential(nn.Conv2d(10, 12, 3))
     spec = {"default": {"format": "tucker", "rank": {"fixed": ranks}}} | ALL
@@ -409,3 +409,11 @@ def test_a_name_is_no_markup():
     model = nn.Sequential()
     model.add_module("[red]x[/red]", nn.Conv2d(3, 3, 1))
     assert "[red]x[/red]" in str(make_plan(model, {}))
+
+
+def test_a_single_rank_serves_layers_of_every_size():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 20, 3), nn.Conv2d(20, 4, 3), nn.Linear(4, 90))
+    plan = make_plan(model, {"default": {"format": "tucker", "rank": {"fixed": 12}}} | ALL)
+    ranks = {layer.name: layer.ranks for layer in plan.compressed}
+    assert ranks == {"0": (3, 12), "1": (12, 12), "2": (12, 4)}
+    assert "ranks (4,) would hold 376 parameters, now 360" in plan.layers[3].reason

@@ -94,8 +94,10 @@ def _allowed_error(policy: RankPolicy) -> float:
 
 
 def _fixed(format: Format, shape: tuple[int, ...], policy: FixedRank) -> Ranks:
-    bonds = len(format.max_ranks(shape))
-    asked = (policy.ranks,) * bonds if isinstance(policy.ranks, int) else tuple(policy.ranks)
+    if isinstance(policy.ranks, int):
+        asked = tuple(min(policy.ranks, top) for top in format.max_ranks(shape))
+    else:
+        asked = tuple(policy.ranks)
     return format.feasible(shape, format.check_ranks(shape, asked))
 
 

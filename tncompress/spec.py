@@ -48,7 +48,7 @@ class RankPolicy:
 
 @dataclass(frozen=True)
 class FixedRank(RankPolicy):
-    """These ranks, one for each bond of the format; a single number stands for every bond."""
+    """These ranks, one for each bond of the format; a single number is every bond's, or what it can have."""
 
     ranks: int | Sequence[int]
     tag: ClassVar[str] = "fixed"
