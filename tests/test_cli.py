@@ -45,9 +45,35 @@ def test_plan_shows_every_layer_and_changes_nothing(run, trained):
     text = run("plan --model zoo:cnn4 --weights dense.safetensors --spec spec.yaml --input 1x28x28").stdout
     for name in ("conv1", "conv2", "conv3", "conv4", "fc", "stem", "classifier", "tucker"):
         assert name in text
+    assert "[/" not in text  # markup of the console
     data = json.loads(run("plan --model zoo:cnn4 --spec spec.yaml --json").stdout)
     assert [layer["names"] for layer in data["compressed"]] == [["conv2"], ["conv3"], ["conv4"]]
     assert sorted(trained.iterdir()) == before
+
+
+def test_a_lack_of_memory_is_one_line(run, trained, monkeypatch):
+    monkeypatch.setattr(tnc.Tucker, "fit", lambda *_: (_ for _ in ()).throw(MemoryError))
+    result = run("plan --model zoo:cnn4 --weights dense.safetensors --spec spec.yaml", code=1)
+    assert result.stderr.startswith("error: out of memory while decomposing layer 'conv2'")
+    assert result.stderr.count("\n") == 1
+
+
+def test_models_with_groups_and_transposed_layers_go_the_whole_way(run, trained):
+    (trained / "net.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 16, 3, stride=2), nn.Conv2d(16, 32, 3, groups=4),\n"
+        "        nn.ReLU(), nn.ConvTranspose2d(32, 16, 4, stride=2, groups=2),\n"
+        "        nn.Conv2d(16, 16, 5, groups=16), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "        nn.Linear(16, num_classes))\n"
+    )
+    (trained / "spec.yaml").write_text("default: {format: cp, rank: {fixed: 1}}\ninclude: [depthwise]\n")
+    run("train --model net.py:net --data digits --epochs 1 --out w.safetensors")
+    run("compress --model net.py:net --weights w.safetensors --data digits --spec spec.yaml --out grouped")
+    run("repair grouped --model net.py:net --data digits --out repaired")
+    found = json.loads(run("report repaired --model net.py:net --data digits --json").stdout)
+    assert found["compressed"]["params"] < found["dense"]["params"]
+    run("export repaired --model net.py:net --data digits --to onnx")
 
 
 def test_compress_evaluate_report_export(run, trained):

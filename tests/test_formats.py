@@ -1,5 +1,5 @@
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, pairwise
 
 import pytest
@@ -602,3 +602,24 @@ def test_tensors_of_a_layer_are_those_it_was_made_of(format, geometry):
     assert all(torch.equal(a, b) for a, b in zip(other.factors, layer.factors, strict=True))
     sum(tensor.square().sum() for tensor in layer.tensors()).backward()
     assert all(torch.equal(factor.grad, 2 * factor) for factor in layer.factors)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"groups": 0},
+        {"groups": 3},
+        {"stride": (0, 1)},
+        {"stride": (1,)},
+        {"kernel_size": (3, 3, 3, 3)},
+        {"padding": ((1, 1), (1, -1))},
+        {"out_channels": -8},
+        {"transposed": True},
+        {"output_padding": (0, -1), "transposed": True},
+        {"padding_mode": "mirror"},
+    ],
+    ids=str,
+)
+def test_a_geometry_that_no_convolution_has_is_refused(change):
+    with pytest.raises(ValueError, match=r"no convolution has the geometry|unknown padding mode 'mirror'"):
+        replace(ConvGeometry.of(nn.Conv2d(4, 8, 3)), **change)

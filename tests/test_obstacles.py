@@ -401,3 +401,9 @@ def test_parametrizations_are_gone_from_the_result():
     small = tnc.compress(model, HALF | {"include": ["parametrized"]})
     assert not any(parametrize.is_parametrized(module) for module in small.modules())
     assert parametrize.is_parametrized(model[0])
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_an_empty_weight_is_left_alone():
+    (skip,) = make_plan(nn.Sequential(nn.Linear(0, 4)), HALF).layers
+    assert skip.reason == "its weight is empty"

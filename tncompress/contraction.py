@@ -20,7 +20,6 @@ from tncompress.geometry import ConvGeometry
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class ConvCall:
         if geometry.padding_mode == "zeros" and all(left == right for left, right in pairs):
             return cls(stride, before, dilation, groups)
         pad = sum(reversed(pairs), ()) if any(sum(pair) for pair in pairs) else ()
-        mode = _PAD_MODES[geometry.padding_mode]
+        mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
         return cls(stride, (0,) * geometry.ndim, dilation, groups, pad, mode)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -150,6 +150,8 @@ def _obstacle_of_state(module: Any, include: Collection[str]) -> str | None:
     weight = _weight_of(module)
     if type(weight) not in (Tensor, nn.Parameter):
         return f"its weight is a {type(weight).__name__}, no plain tensor: quantized, or distributed"
+    if not weight.numel():
+        return "its weight is empty"
     return None if weight.is_floating_point() else f"its weight has dtype {weight.dtype}"
 
 

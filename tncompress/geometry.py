@@ -14,6 +14,8 @@ TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2
 DENSE_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVS, *TRANSPOSED)
 """The layer classes that can be compressed."""
 
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
 
 @dataclass(frozen=True)
 class ConvGeometry:
@@ -34,6 +36,18 @@ class ConvGeometry:
     groups: int = 1
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        groups = self.groups >= 1 and self.in_channels % self.groups == self.out_channels % self.groups == 0
+        sizes = (*self.kernel_size, *self.stride, *self.dilation)
+        counts = (self.in_channels, self.out_channels, *sum(self.padding, ()), *self.output_padding)
+        per_axis = [self.kernel_size, self.stride, self.padding, self.dilation]
+        per_axis += [self.output_padding] if self.transposed else []
+        axes = self.ndim <= 3 and all(len(values) == self.ndim for values in per_axis)
+        if not (groups and axes and min(counts) >= 0 and min(sizes, default=1) >= 1):
+            raise ValueError(f"no convolution has the geometry {self}")
+        if self.padding_mode not in PADDING_MODES:
+            raise ValueError(f"unknown padding mode {self.padding_mode!r}; wanted {', '.join(PADDING_MODES)}")
 
     @classmethod
     def of(cls, layer: nn.Module) -> ConvGeometry:

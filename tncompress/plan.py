@@ -22,6 +22,7 @@ from tncompress.textfiles import one_line, parse_json, read_text
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 _FROM_FILE = ConfigDict(extra="forbid", allow_inf_nan=False)
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -221,14 +222,15 @@ class _PlanFile(BaseModel):
     order: tuple[str, ...]
 
 
-def _row(layer: LayerPlan | Skip) -> tuple[str, ...]:
-    from rich.markup import escape
+def _row(layer: LayerPlan | Skip) -> tuple[str | Text, ...]:
+    """Return the cells of a layer; what comes from the model is never read as markup."""
+    from rich.text import Text
 
-    head = escape(", ".join(layer.names)), "x".join(map(str, layer.shape))
+    head = Text(", ".join(layer.names)), "x".join(map(str, layer.shape))
     dense_cost = count(layer.macs_dense) if layer.macs_dense is not None else ""
     if isinstance(layer, Skip):
-        reason = escape(layer.reason)
-        return *head, "dense", f"[italic]{reason}[/italic]", "", count(layer.params_dense), "", dense_cost, ""
+        reason = Text(layer.reason, style="italic")
+        return *head, "dense", reason, "", count(layer.params_dense), "", dense_cost, ""
     size = f"{count(layer.params_dense)} → {count(layer.params)}"
     cost = ("", "")
     if layer.macs is not None:
@@ -236,7 +238,7 @@ def _row(layer: LayerPlan | Skip) -> tuple[str, ...]:
     ranks = " ".join(map(str, layer.ranks))
     error = f"{layer.rel_error:.4f}" if layer.rel_error is not None else "no weights"
     fewer = ratio(layer.params_dense, layer.params)
-    return *head, escape(str(layer.format)), ranks, error, size, fewer, *cost
+    return *head, Text(str(layer.format)), ranks, error, size, fewer, *cost
 
 
 def _total(values: Iterable[int | None]) -> int | None:
