@@ -192,7 +192,7 @@ def test_misuse_gets_one_line_and_changes_nothing(run, trained, kind):
         "bad_format.yaml": "default: {format: spline}",
         "bad_key.yaml": "default: {fromat: mps}",
         "rank0.yaml": "default: {rank: {fixed: 0}}",
-        "rank999.yaml": "default: {rank: {fixed: 999}}",
+        "rank999.yaml": "default: {rank: {fixed: [999, 999, 999]}}",
         "pattern.yaml": "rules: [{pattern: 'layer9.*'}]",
         "broken.yaml": "default: {format: [",
         "bad_config.yaml": "epoch: 3",
