@@ -6,9 +6,11 @@ import pytest
 import torch
 from conftest import choose, every_format_and_shape, every_tree_and_shape
 
-from tncompress.formats import CP, SVD
+from tncompress.cuts import effective_rank
+from tncompress.formats import CP, MPS, SVD, Tucker
 from tncompress.ranks import NoRanks
-from tncompress.spec import Energy, FixedRank, ParamsRatio, RelError, Settings
+from tncompress.spec import EVBMF, Energy, Entropy, FixedRank, ParamsRatio, RelError, Settings
+from tncompress.vbmf import evbmf_rank
 
 ERRORS = [RelError(0.3), RelError(0.05), Energy(0.9), Energy(0.999)]
 RATIOS = [ParamsRatio(0.5), ParamsRatio(0.9)]
@@ -156,3 +158,89 @@ def test_choosing_changes_no_kernel(policy):
     before = kernel.clone()
     choose(kernel, Settings(format=SVD(), rank=policy), allow_larger=True)
     assert torch.equal(kernel, before)
+
+
+# --- ranks from a spectrum alone ----------------------------------------------------------------------------
+
+
+@every_tree_and_shape
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.7])
+def test_entropy_gives_each_bond_its_effective_rank(format, shape, factor):
+    kernel = fading(shape)
+    ranks, fit = choose(kernel, Settings(format=format, rank=Entropy(factor)), allow_larger=True)
+    wanted = tuple(math.ceil(factor * effective_rank(s)) for s in format.spectra(kernel))
+    tops = format.max_ranks(shape)
+    assert ranks == format.feasible(shape, tuple(min(r, top) for r, top in zip(wanted, tops, strict=True)))
+    assert measured(format, fit, kernel) == pytest.approx(fit.rel_error, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+@pytest.mark.parametrize("format", [SVD(), Tucker(), MPS(), CP()], ids=str)
+def test_evbmf_tells_a_kernel_from_noise(format, rank):
+    """The channel legs of the kernel have this rank; what lies below the noise is not counted."""
+    out, inward = torch.randn(24, rank), torch.randn(20, rank)
+    kernel = torch.einsum("ar,br,rcd->abcd", out, inward, torch.randn(rank, 3, 3)).double()
+    noisy = kernel + 0.02 * kernel.std() * torch.randn_like(kernel)
+    ranks, _ = choose(noisy, Settings(format=format, rank=EVBMF()), allow_larger=True)
+    ends = ranks if isinstance(format, CP | SVD) else (ranks[0], ranks[-1])
+    assert ends == (rank,) * len(ends)
+
+
+def test_evbmf_is_blended_with_the_full_rank():
+    kernel = torch.randn(16, 3, 3, 3, dtype=torch.float64)
+    kernel[0] += 30
+    ranks = [
+        choose(kernel, Settings(format=SVD(), rank=EVBMF(share)), allow_larger=True)[0][0]
+        for share in (1.0, 0.75, 0.5, 0.01)
+    ]
+    assert ranks == [1, 5, 9, 16]
+
+
+@pytest.mark.parametrize("policy", [EVBMF(), Entropy(0.01)])
+def test_no_bond_falls_to_nothing(policy):
+    noise = torch.randn(16, 8, 3, 3, dtype=torch.float64)
+    for least in (1, 6):
+        ranks, _ = choose(noise, Settings(format=Tucker(), rank=policy, min_rank=least))
+        assert min(ranks) >= least
+    assert min(choose(0 * noise, Settings(format=Tucker(), rank=policy))[0]) == 1
+
+
+def test_evbmf_does_not_depend_on_the_scale():
+    s = torch.linalg.svdvals(torch.randn(20, 70, dtype=torch.float64) + 3)
+    assert {evbmf_rank(scale * s, 70) for scale in (1e-30, 1.0, 1e30)} == {1}
+    assert evbmf_rank(0 * s, 70) == 0
+    with pytest.raises(ValueError, match="at least as many columns as singular values, 20, got 19"):
+        evbmf_rank(s, 19)
+
+
+@every_format_and_shape
+@pytest.mark.usefixtures("quick_cp")
+def test_chosen_ranks_keep_to_their_bounds_and_multiples(format, shape):
+    kernel, tops = fading(shape), format.max_ranks(shape)
+    for least, most, multiple in ((1, 3, 1), (2, 4, 2), (3, 7, 4), (1, 5, 3)):
+        for policy in (ParamsRatio(0.9), RelError(0.4), Entropy(2.0), EVBMF(0.5)):
+            bounds = {"min_rank": least, "max_rank": most, "round_to": multiple}
+            settings = Settings(format=format, rank=policy, **bounds)
+            found = choose_or_refuse(kernel, settings)
+            if isinstance(found, NoRanks):
+                continue
+            for i, (rank, top) in enumerate(zip(found[0], tops, strict=True)):
+                more = tuple(r + (i == j) for j, r in enumerate(found[0]))
+                held_by_others = format.feasible(shape, more)[i] == rank
+                on_the_grid = rank % multiple == 0 and rank >= least
+                assert rank <= most
+                assert on_the_grid or rank == min(top, most) or held_by_others
+    with pytest.raises(NoRanks, match=r"needs larger ranks than allowed|would take|parameters"):
+        choose(torch.randn(12, 12, 3, 3), Settings(format=Tucker(), rank=RelError(0.1), max_rank=2))
+
+
+def test_bounds_that_leave_no_room_are_refused():
+    with pytest.raises(ValueError, match="max_rank 3 is below min_rank 4"):
+        Settings(min_rank=4, max_rank=3)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan, True, "1"])
+def test_a_factor_of_entropy_is_a_number_above_zero(factor):
+    with pytest.raises(ValueError, match="entropy is a factor above 0"):
+        Entropy(factor)

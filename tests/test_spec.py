@@ -14,7 +14,20 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import tncompress as tnc
-from tncompress import CP, MPS, SVD, Energy, FixedRank, ParamsRatio, RelError, Rule, Settings, Spec, Tucker
+from tncompress import (
+    CP,
+    EVBMF,
+    MPS,
+    SVD,
+    Energy,
+    FixedRank,
+    ParamsRatio,
+    RelError,
+    Rule,
+    Settings,
+    Spec,
+    Tucker,
+)
 from tncompress.spec import KEEP_DENSE, POLICIES, make_policy, matches_any
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # wrong types are met by errors of our own here
@@ -42,6 +55,8 @@ POLICY_VALUES = {
     "params_ratio": [0.25, 1, 1e-9],
     "energy": [0.95, 1.0],
     "rel_error": [0.1, 1],
+    "entropy": [1.0, 2, 0.3],
+    "evbmf": [1, 0.8],
 }
 
 
@@ -212,7 +227,7 @@ def test_patterns_are_shell_patterns_or_searched_expressions(pattern, name, matc
 
 # --- misuse -------------------------------------------------------------------------------------------------
 
-SETTINGS_KEYS = "format, rank, min_rank, round_to"
+SETTINGS_KEYS = "format, rank, min_rank, max_rank, round_to"
 TAGS = "the tags are fixed, params_ratio, energy, rel_error"
 
 
@@ -277,7 +292,7 @@ def test_misuse_is_one_line_that_says_what_was_wanted(value, words):
     assert one_line(caught.value).startswith("spec: ")
 
 
-@pytest.mark.parametrize("policy", [ParamsRatio, Energy, RelError])
+@pytest.mark.parametrize("policy", [ParamsRatio, Energy, RelError, EVBMF])
 @pytest.mark.parametrize("value", [0, -0.1, 1.1, math.nan, math.inf, True, "0.5", None, [0.5]], ids=str)
 def test_a_fraction_is_above_zero_and_at_most_one(policy, value):
     with pytest.raises(ValueError, match=f"{policy.tag} is a number above 0 and at most 1, got") as direct:

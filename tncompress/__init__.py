@@ -19,7 +19,17 @@ from tncompress.measure import evaluate
 from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
 from tncompress.report import Report, report
-from tncompress.spec import Energy, FixedRank, ParamsRatio, RelError, Rule, Settings, Spec
+from tncompress.spec import (
+    EVBMF,
+    Energy,
+    Entropy,
+    FixedRank,
+    ParamsRatio,
+    RelError,
+    Rule,
+    Settings,
+    Spec,
+)
 from tncompress.surgery import compress, merge
 from tncompress.weights import load_weights, save_weights
 from tncompress.zoo import build_model
@@ -28,11 +38,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CP",
+    "EVBMF",
     "MPS",
     "SVD",
     "ConvGeometry",
     "Cut",
     "Energy",
+    "Entropy",
     "FinetuneConfig",
     "FixedRank",
     "Format",

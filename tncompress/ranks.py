@@ -15,11 +15,23 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
+import torch
 from torch import Tensor
 
+from tncompress.cuts import Cut, effective_rank, legs_of, spectrum
 from tncompress.formats import Fit, Format
 from tncompress.linalg import tail_energies
-from tncompress.spec import Energy, FixedRank, ParamsRatio, RankPolicy, RelError, Settings
+from tncompress.spec import (
+    EVBMF,
+    Energy,
+    Entropy,
+    FixedRank,
+    ParamsRatio,
+    RankPolicy,
+    RelError,
+    Settings,
+)
+from tncompress.vbmf import evbmf_rank
 
 Ranks = tuple[int, ...]
 
@@ -46,12 +58,14 @@ def choose(kernels: Tensor, settings: Settings, *, limit: int | float) -> tuple[
     groups, *shape = kernels.shape
     if isinstance(policy, FixedRank):
         ranks = _fixed(format, tuple(shape), policy)
-        params = format.num_params(tuple(shape), ranks, groups)
-        if params > limit:
-            raise NoRanks(f"{format} at ranks {ranks} would hold {params:,} parameters, now {limit + 1:,}")
+        _check_size(format, tuple(shape), ranks, groups, limit)
         return ranks, _fit(format, kernels, ranks)
     if kernels.is_meta and not isinstance(policy, ParamsRatio):
         raise ValueError(f"{policy.tag} needs its weights: load them, or plan with params_ratio or fixed")
+    if isinstance(policy, Entropy | EVBMF):
+        ranks = _spectral(kernels, settings, policy)
+        _check_size(format, tuple(shape), ranks, groups, limit)
+        return ranks, _fit(format, kernels, ranks)
     paths = RankPath(kernels, settings).with_variants()
     if isinstance(policy, ParamsRatio):
         within = min(limit, policy.ratio * kernels.numel())
@@ -64,6 +78,39 @@ def choose(kernels: Tensor, settings: Settings, *, limit: int | float) -> tuple[
         [partial(path.smallest_reaching, error, limit) for path in paths],
         lambda ranks, fit: format.num_params(tuple(shape), ranks),
     )
+
+
+def _check_size(
+    format: Format, shape: tuple[int, ...], ranks: Ranks, groups: int, limit: int | float
+) -> None:
+    params = format.num_params(shape, ranks, groups)
+    if params > limit:
+        raise NoRanks(f"{format} at ranks {ranks} would hold {params:,} parameters, now {limit + 1:,}")
+
+
+def _spectral(kernels: Tensor, settings: Settings, policy: Entropy | EVBMF) -> Ranks:
+    """Return the ranks that each bond's own spectrum asks for, on the grid of ``settings``."""
+    format, shape = settings.format, tuple(kernels.shape[1:])
+    tops = format.max_ranks(shape)
+    spectra = format.spectra_of_groups(kernels)
+    if spectra is None:  # one bond, which lies on every cut: the largest that a leg asks for
+        cuts = [Cut((leg,), ("rest",)) for leg in legs_of(len(shape))]
+        legs = [torch.stack([spectrum(kernel, cut) for kernel in kernels]) for cut in cuts]
+        wanted = [max(_asked(policy, leg.square().sum(0).sqrt(), math.prod(shape)) for leg in legs)]
+    else:
+        wanted = [_asked(policy, s, math.prod(shape)) for s in spectra]
+    ranks = []
+    for top, rank in zip(tops, wanted, strict=True):
+        grid = _grid(top, settings)
+        ranks.append(grid[min(bisect_left(grid, rank), len(grid) - 1)])
+    return format.feasible(shape, tuple(ranks))
+
+
+def _asked(policy: Entropy | EVBMF, s: Tensor, numel: int) -> int:
+    if isinstance(policy, Entropy):
+        return math.ceil(policy.factor * effective_rank(s))
+    found = evbmf_rank(s, numel // len(s))
+    return math.ceil(policy.share * found + (1 - policy.share) * len(s))
 
 
 def _fit(format: Format, kernels: Tensor, ranks: Ranks) -> Fit | None:
@@ -159,7 +206,9 @@ class RankPath:
         search = self._first_fitting if self.tails is None else self._first_bounded
         found = search(affordable, error)
         if found is None:
-            needed = f"{self.format} needs no fewer parameters than now for a relative error of {error:.3g}"
+            too_small = len(affordable) == len(self)
+            needs = "larger ranks than allowed" if too_small else "no fewer parameters than now"
+            needed = f"{self.format} needs {needs} for a relative error of {error:.3g}"
             raise NoRanks(needed + (f" in {self.kernels.dtype}" if self.kernels.dtype.itemsize < 4 else ""))
         return found
 
@@ -207,9 +256,11 @@ class RankPath:
 
 
 def _grid(top: int, settings: Settings) -> list[int]:
-    """Return the ranks of a bond: multiples of ``round_to`` from ``min_rank`` on, and the full one."""
+    """Return the ranks of a bond: multiples of ``round_to`` within the bounds, and the full one."""
     first = -(-settings.min_rank // settings.round_to) * settings.round_to
-    return [*range(first, top, settings.round_to), top]
+    last = min(top, settings.max_rank or top)
+    grid = list(range(first, last + 1, settings.round_to))
+    return grid if grid and (grid[-1] == last or last < top) else [*grid, last]
 
 
 def _params_function(format: Format, shape: tuple[int, ...], groups: int) -> Callable[[Ranks], int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -94,7 +95,42 @@ class RelError(RankPolicy):
         _check_fraction(self, self.error)
 
 
-POLICIES: dict[str, type[RankPolicy]] = {p.tag: p for p in (FixedRank, ParamsRatio, Energy, RelError)}
+@dataclass(frozen=True)
+class Entropy(RankPolicy):
+    """At each bond ``factor`` times exp(S), rounded up, with S the correlation entropy across it.
+
+    exp(S) is the number of equal singular values that would be as mixed (the effective rank). CP, whose one
+    bond lies on every cut, takes the largest of the kernel's legs.
+    """
+
+    factor: int | float = 1.0
+    tag: ClassVar[str] = "entropy"
+
+    def __post_init__(self) -> None:
+        wanted = not isinstance(self.factor, bool) and isinstance(self.factor, int | float)
+        if not wanted or not 0 < self.factor < math.inf:
+            raise ValueError(f"entropy is a factor above 0, got {self.factor!r}")
+
+
+@dataclass(frozen=True)
+class EVBMF(RankPolicy):
+    """At each bond the rank that empirical variational Bayes tells from noise, blended with the full one.
+
+    The rank is ``share`` of the estimate (Nakajima et al. 2013) and 1 - ``share`` of the full rank, rounded
+    up. The estimate alone, ``share=1``, can fall to nothing on a kernel that looks like noise: ``min_rank``
+    holds it. CP takes the largest of the kernel's legs.
+    """
+
+    share: int | float = 1.0
+    tag: ClassVar[str] = "evbmf"
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, self.share)
+
+
+POLICIES: dict[str, type[RankPolicy]] = {
+    policy.tag: policy for policy in (FixedRank, ParamsRatio, Energy, RelError, Entropy, EVBMF)
+}
 
 
 def _check_fraction(policy: RankPolicy, value: Any) -> None:
@@ -138,8 +174,8 @@ PolicyField = Annotated[
 class Settings(BaseModel):
     """Format and ranks of a layer.
 
-    ``min_rank`` and ``round_to`` bind the chosen ranks from below and to multiples (a bond whose maximum is
-    smaller, or no multiple, may still be full); they do not touch a :class:`FixedRank`.
+    ``min_rank`` and ``max_rank`` bind the chosen ranks, ``round_to`` takes them to multiples (a bond whose
+    maximum is smaller, or no multiple, may still be full); they do not touch a :class:`FixedRank`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -147,7 +183,14 @@ class Settings(BaseModel):
     format: FormatField = MPS()
     rank: PolicyField = ParamsRatio(0.25)
     min_rank: int = Field(1, ge=1)
+    max_rank: int | None = Field(None, ge=1)
     round_to: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _bounds_leave_room(self) -> Settings:
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
+        return self
 
 
 class Rule(Settings):
