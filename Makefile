@@ -12,16 +12,16 @@ demo: $(VENV)/.base
 COVERAGE := --cov --cov-report=term:skip-covered
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(COVERAGE) $(ARGS)
+	$(BIN)/python -m pytest -n auto $(COVERAGE) $(ARGS)
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest --zoo $(COVERAGE) $(ARGS)
+	$(BIN)/python -m pytest -n auto --zoo $(COVERAGE) $(ARGS)
 
 bugs: $(VENV)/.test
 	$(BIN)/python tests/plant_bugs.py $(ARGS)
 
 test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
