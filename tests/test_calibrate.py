@@ -35,28 +35,45 @@ def test_batchnorm_gets_the_statistics_of_the_data():
     _, small = pair()
     batches = images()
     reestimate_batchnorm_(small, batches)
-    seen = [small[1](small[0](x)) for x in batches]
-    assert_close(small[2].running_mean, torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0))
-    variances = torch.stack([y.transpose(0, 1).flatten(1).var(1) for y in seen])
-    assert_close(small[2].running_var, variances.mean(0))
+    seen = small[1](small[0](torch.cat(batches))).transpose(0, 1).flatten(1)
+    assert_close(small[2].running_mean, seen.mean(1))
+    assert_close(small[2].running_var, seen.var(1))
     assert int(small[2].num_batches_tracked) == len(batches)
 
 
-def test_equal_batches_may_be_cut_as_one_likes():
-    """Means are those of all images, variances those within a batch: with one batch, those of all images."""
+@pytest.mark.parametrize("sizes", [(24,), (8, 8, 8), (20, 3, 1), (1, 1, 22), (5, 19)])
+def test_batches_may_be_cut_as_one_likes(sizes):
+    """Also where they have different means: the spread between batches counts, and images weigh alike."""
     _, small = pair()
-    x = torch.randn(24, 3, 8, 8) + 1
-    norms = {}
-    for count in (1, 2, 4, 8):
-        mended = copy.deepcopy(small)
-        reestimate_batchnorm_(mended, x.chunk(count))
-        norms[count] = mended[2]
+    x = (
+        torch.randn(24, 3, 8, 8) * torch.linspace(0.1, 3, 24)[:, None, None, None]
+        + torch.arange(24)[:, None, None, None]
+    )
+    reestimate_batchnorm_(small, x.split(sizes))
     whole = small[1](small[0](x)).transpose(0, 1).flatten(1)
-    assert_close(norms[1].running_var, whole.var(1))
-    for norm in norms.values():
-        assert_close(norm.running_mean, whole.mean(1))
-    reestimate_batchnorm_(small, x.chunk(4)[::-1])
-    assert_close(small[2].running_var, norms[4].running_var)
+    assert_close(small[2].running_mean, whole.mean(1), rtol=1e-4, atol=1e-4)
+    assert_close(small[2].running_var, whole.var(1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_that_no_input_reaches_keeps_its_statistics():
+    _, small = pair()
+    small.unused = nn.BatchNorm2d(3)
+    small.unused.running_mean.fill_(5)
+    small.forward = lambda x: nn.Sequential(*list(small)[:-1])(x)
+    reestimate_batchnorm_(small, images())
+    assert small.unused.running_mean.tolist() == [5, 5, 5]
+    assert int(small[2].num_batches_tracked) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_statistics_are_taken_in_a_long_dtype(dtype):
+    """Sums of thousands of bfloat16 values would stand still."""
+    model = nn.Sequential(nn.BatchNorm1d(2)).to(dtype).eval()
+    x = torch.randn(20_000, 2) * 0.5 + 3
+    reestimate_batchnorm_(model, x.to(dtype).split(999))
+    rounded = x.to(dtype).double()
+    assert_close(model[0].running_mean.double(), rounded.mean(0), rtol=5e-3, atol=0)
+    assert_close(model[0].running_var.double(), rounded.var(0), rtol=5e-3, atol=0)
 
 
 def test_momentum_mode_and_dropout_are_left_alone():
@@ -138,3 +155,12 @@ def test_no_batches_are_an_error():
     list(used_up)
     with pytest.raises(ValueError, match="used up"):
         tnc.repair(small, dense, used_up)
+
+
+def test_a_last_batch_of_one_image_is_counted_too():
+    """BatchNorm1d refuses to train on one value; the others are many."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).eval()
+    x = torch.randn(9, 4)
+    reestimate_batchnorm_(model, x.split((5, 3, 1)))
+    assert_close(model[1].running_mean, model[0](x).mean(0))
+    assert_close(model[1].running_var, model[0](x).var(0))
