@@ -9,6 +9,7 @@ first, and stops after --minutes. The table goes to docs/zoo.md.
 
 import argparse
 import json
+import math
 import re
 import time
 import warnings
@@ -20,6 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import tncompress as tnc
+from tncompress.discovery import find_layers
 from tncompress.measure import num_params
 from tncompress.report import environment
 from tncompress.running import eval_mode
@@ -144,19 +146,30 @@ def check_layers(small, dense):
         for factor in layer.factors:
             assert bool(factor.isfinite().all()), planned
         if planned.format.name == "cp":
-            largest = max(largest, largest_term(layer))
+            largest = max(
+                largest, largest_term(layer.format, layer.tensors(), layer.geometry.kernels(weight))
+            )
     return largest
 
 
-def largest_term(layer):
-    """Return the norm of the largest product term of a CP layer over the norm of its kernel."""
-    stacked = layer.geometry.groups > 1
-    norms = 1.0
-    for legs, factor in zip(layer.format.network(layer.geometry.kernel_shape), layer.tensors(), strict=True):
-        terms = factor.detach().double().movedim(legs.index("r0") + stacked, -1)
-        norms = norms * (terms.flatten(1, -2) if stacked else terms.flatten(0, -2)).norm(dim=-2)
-    kernels = layer.geometry.kernels(layer.weight.detach().double()).flatten(1).norm(dim=1)
-    return float((norms / (kernels[:, None] if stacked else kernels)).max())
+def largest_term(format, factors, kernels):
+    """Return the norm of the largest product term of CP factors, in norms of the kernel it belongs to."""
+    norms = torch.ones(1)
+    for legs, factor in zip(format.network(tuple(kernels.shape[1:])), factors, strict=True):
+        stacked = factor.detach().double().reshape(len(kernels), *factor.shape[-len(legs) :])
+        norms = norms * stacked.movedim(1 + legs.index("r0"), 1).flatten(2).norm(dim=2)
+    return float((norms / kernels.double().flatten(1).norm(dim=1, keepdim=True)).max())
+
+
+def kernel_shapes(models):
+    """Return (groups, out, in, *spatial) of every kernel with a window and channels to cut, each once."""
+    found = set()
+    for family, name in models:
+        for layer in find_layers(build_meta(family, name)):
+            groups, shape = layer.geometry.groups, layer.geometry.kernel_shape
+            if max(shape[:2]) > 1 and max(shape[2:], default=1) > 1:
+                found.add((groups, *shape))
+    return sorted(found, key=math.prod)
 
 
 def run(family, name, format):

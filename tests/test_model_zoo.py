@@ -1,5 +1,7 @@
 """Models that nobody here wrote: every one of torchvision's, and one of each of timm's families."""
 
+import math
+
 import pytest
 import torch
 import zoo_table
@@ -86,3 +88,17 @@ def test_every_model_is_compressed_and_runs(family, name, format):
         pytest.skip("more than 300 million parameters")
     done = zoo_table.run(family, name, format)
     assert done["largest_term"] <= 10
+
+
+@pytest.mark.zoo
+def test_terms_of_cp_stay_small_on_every_kernel_of_the_zoo():
+    """Random kernels of each shape, at a quarter of the parameters; above 12 million entries they take long."""
+    shapes = [shape for shape in zoo_table.kernel_shapes(MODELS) if math.prod(shape) <= 12e6]
+    assert len(shapes) > 300
+    for groups, *shape in shapes:
+        rank = min(math.prod(shape) // (4 * sum(shape)), *tnc.CP().max_ranks(tuple(shape)))
+        kernels = torch.randn(groups, *shape, generator=torch.Generator().manual_seed(0))
+        fit = tnc.CP().fit_groups(kernels, (max(1, rank),))
+        assert all(bool(factor.isfinite().all()) for factor in fit.factors)
+        assert fit.rel_error <= 1
+        assert zoo_table.largest_term(tnc.CP(), fit.factors, kernels) <= 10, (groups, *shape)
