@@ -92,7 +92,7 @@ def test_every_model_is_compressed_and_runs(family, name, format):
 
 @pytest.mark.zoo
 def test_terms_of_cp_stay_small_on_every_kernel_of_the_zoo():
-    """Random kernels of each shape, at a quarter of the parameters; above 12 million entries they take long."""
+    """Random kernels of each shape at a quarter of the parameters, those of at most 12 million entries."""
     shapes = [shape for shape in zoo_table.kernel_shapes(MODELS) if math.prod(shape) <= 12e6]
     assert len(shapes) > 300
     for groups, *shape in shapes:
