@@ -191,16 +191,21 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_wrapped_model_is_refused_with_what_to_do(kind, inside):
+def test_a_wrapped_model_is_refused_with_what_to_do(kind, inside, tmp_path):
     wrap, words = WRAPPERS[kind]
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3))
     plan = make_plan(model, HALF)
     wrapped = nn.Sequential(nn.ReLU(), wrap(model)) if inside else wrap(model)
     words = ("module '1' is " if inside else "the model is ") + words
+
+    def save():
+        tnc.save(wrapped, tmp_path / "m")
+
     for act in (
         lambda: make_plan(wrapped, HALF),
         lambda: tnc.compress(wrapped, plan),
         lambda: tnc.merge(wrapped),
+        save,
     ):
         with pytest.raises(ValueError, match=words) as caught:
             act()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tncompress.discovery import find_layers
+from tncompress.discovery import find_layers, refuse_wrapped
 from tncompress.formats import make_format
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
@@ -56,6 +56,7 @@ def save(
     ``history.json``. The folder appears whole or not at all; one that exists is
     refused, or replaced with ``overwrite`` if it holds a saved model.
     """
+    refuse_wrapped(small)
     layers = [layer for layer in find_layers(small) if isinstance(layer.module, TNConv)]
     if any("" in layer.names for layer in layers):
         raise ValueError("save wants a model that holds its TNConv layers: put a single one in nn.Sequential")
