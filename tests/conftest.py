@@ -24,6 +24,7 @@ from tncompress.formats import CP, MPS, SVD, Format, Tucker  # noqa: E402
 def pytest_addoption(parser):
     parser.addoption("--zoo", action="store_true", help="run the whole model zoo, too: hours")
     parser.addoption("--minutes", type=float, default=math.inf, help="skip zoo tests after this time")
+    parser.addoption("--largest", type=float, default=300, help="millions of parameters of a zoo run")
 
 
 def pytest_collection_modifyitems(config, items):

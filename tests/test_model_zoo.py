@@ -83,9 +83,10 @@ def test_at_full_rank_the_model_is_the_dense_one(family, name):
 
 @pytest.mark.parametrize("format", zoo_table.FORMATS)
 @pytest.mark.parametrize(("family", "name"), params(MODELS))
-def test_every_model_is_compressed_and_runs(family, name, format):
-    if num_params(zoo_table.build_meta(family, name)) > 3e8:
-        pytest.skip("more than 300 million parameters")
+def test_every_model_is_compressed_and_runs(family, name, format, pytestconfig):
+    largest = pytestconfig.getoption("--largest")
+    if num_params(zoo_table.build_meta(family, name)) > 1e6 * largest:
+        pytest.skip(f"more than {largest:g} million parameters")
     done = zoo_table.run(family, name, format)
     assert done["largest_term"] <= 10
 
