@@ -119,10 +119,10 @@ class Format(ABC):
             return self.fit(kernels[0], ranks)
         fits = [self.fit(kernel, ranks) for kernel in kernels]
         norms = kernels.detach().double().flatten(1).norm(dim=1).tolist()
-        squared = sum((fit.rel_error * norm) ** 2 for fit, norm in zip(fits, norms, strict=True))
+        error = math.hypot(*(fit.rel_error * norm for fit, norm in zip(fits, norms, strict=True)))
         total = math.hypot(*norms)
         factors = (torch.stack(parts) for parts in zip(*(fit.factors for fit in fits), strict=True))
-        return Fit(tuple(factors), math.sqrt(squared) / total if total > 0 else 0.0)
+        return Fit(tuple(factors), error / total if total > 0 else 0.0)
 
     # What follows is derived.
 
