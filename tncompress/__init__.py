@@ -8,7 +8,6 @@
 True
 """
 
-from tncompress.calibrate import repair
 from tncompress.cuts import Cut
 from tncompress.export import export_onnx, load, save
 from tncompress.finetune import FinetuneConfig, History, finetune, train_
@@ -18,6 +17,7 @@ from tncompress.layers import TNConv
 from tncompress.measure import evaluate
 from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
+from tncompress.repair import repair
 from tncompress.report import Report, report
 from tncompress.spec import (
     EVBMF,

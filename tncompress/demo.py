@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tncompress.calibrate import repair
 from tncompress.data import DataSet, load_data
 from tncompress.export import export_onnx, save
 from tncompress.finetune import Epoch, FinetuneConfig, History, finetune, train_
 from tncompress.measure import Latency, evaluate, latencies, macs, num_params, recovery
 from tncompress.planner import make_plan
+from tncompress.repair import repair
 from tncompress.report import environment, milliseconds, report
 from tncompress.spec import ParamsRatio, Settings, Spec
 from tncompress.storage import new_directory

@@ -32,11 +32,17 @@ class Metric:
 
     def __post_init__(self) -> None:
         d, k = math.prod(self.patch), math.prod(self.patch[1:])
-        given = {"whole": (self.whole, d), "channels": (self.channels, self.patch[0]), "window": (self.window, k)}
+        given = {
+            "whole": (self.whole, d),
+            "channels": (self.channels, self.patch[0]),
+            "window": (self.window, k),
+        }
         for name, (matrix, size) in given.items():
             if matrix is not None and (matrix.ndim != 3 or matrix.shape[1:] != (size, size)):
                 shape = tuple(matrix.shape)
-                raise ValueError(f"{name} moments of patches {self.patch} are (groups, {size}, {size}), got {shape}")
+                raise ValueError(
+                    f"{name} moments of patches {self.patch} are (groups, {size}, {size}), got {shape}"
+                )
         if self.whole is None and (self.channels is None or self.window is None):
             raise ValueError("a metric is given whole, or as channels and window")
 
@@ -67,8 +73,12 @@ class Metric:
         rest = [mode for mode in range(len(self.patch)) if mode not in modes]
         n = len(self.patch)
         order = [1 + mode for mode in (*modes, *rest)]
-        split = self.whole.reshape(-1, *self.patch, *self.patch).permute(0, *order, *(n + axis for axis in order))
-        joint = split.reshape(self.groups, math.prod(sizes), -1, math.prod(sizes), math.prod(self.patch) // math.prod(sizes))
+        split = self.whole.reshape(-1, *self.patch, *self.patch).permute(
+            0, *order, *(n + axis for axis in order)
+        )
+        joint = split.reshape(
+            self.groups, math.prod(sizes), -1, math.prod(sizes), math.prod(self.patch) // math.prod(sizes)
+        )
         return torch.einsum("gaxbx->gab", joint)
 
     def _marginal_of_product(self, modes: tuple[int, ...]) -> Tensor:
@@ -88,7 +98,9 @@ class Metric:
         product = torch.einsum("gij,gab->giajb", self.channels, window)
         first = modes.index(0)
         before = math.prod(self.patch[mode] for mode in modes[:first])
-        product = product.reshape(self.groups, self.patch[0], before, -1, self.patch[0], before, kept // before)
+        product = product.reshape(
+            self.groups, self.patch[0], before, -1, self.patch[0], before, kept // before
+        )
         return product.permute(0, 2, 1, 3, 5, 4, 6)
 
     def to(self, *args: object, **kwargs: object) -> Metric:

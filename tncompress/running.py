@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -82,3 +82,18 @@ def input_shapes(
         for handle in handles:
             handle.remove()
     return shapes
+
+
+def inputs_of(batches: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
+    """Yield the input of each batch on the model's device; no batch at all is a ``ValueError``."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found = False
+    for batch in batches:
+        found = True
+        if isinstance(batch, Mapping):
+            batch = next(iter(batch.values()))
+        elif isinstance(batch, tuple | list):
+            batch = batch[0]
+        yield batch.to(device)
+    if not found:
+        raise ValueError("wanted at least one batch of inputs, got none (a generator that was used up?)")

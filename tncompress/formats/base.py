@@ -56,10 +56,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class Fit:
-    """Factors fitted to a kernel, in its dtype and on its device, with their ``rel_error``."""
+    """Factors fitted to a kernel, in its dtype and on its device, with their ``rel_error``.
+
+    ``output_error`` is the relative root mean square error of the layer's output, where data were at hand.
+    """
 
     factors: tuple[Tensor, ...]
     rel_error: float
+    output_error: float | None = None
+
+    @property
+    def loss(self) -> float:
+        """The error that policies and budgets go by: of the output where it is known, else of the kernel."""
+        return self.rel_error if self.output_error is None else self.output_error
 
 
 def register_format(name: str):

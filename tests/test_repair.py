@@ -8,7 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import tncompress as tnc
-from tncompress.calibrate import correct_bias_, inputs_of, reestimate_batchnorm_
+from tncompress.repair import correct_bias_, reestimate_batchnorm_
+from tncompress.running import inputs_of
 
 
 def net(norm: bool, bias: bool) -> nn.Sequential:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tncompress.discovery import find_layers
 from tncompress.layers import TNConv
-from tncompress.running import copy_model, eval_mode, input_of_call
+from tncompress.running import copy_model, eval_mode, input_of_call, inputs_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -146,18 +146,3 @@ def _hooked(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def inputs_of(batches: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
-    """Yield the input of each batch on the model's device; no batch at all is a ``ValueError``."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    found = False
-    for batch in batches:
-        found = True
-        if isinstance(batch, Mapping):
-            batch = next(iter(batch.values()))
-        elif isinstance(batch, tuple | list):
-            batch = batch[0]
-        yield batch.to(device)
-    if not found:
-        raise ValueError("wanted at least one batch of inputs, got none (a generator that was used up?)")
