@@ -8,6 +8,7 @@
 True
 """
 
+from tncompress.calibrate import Calibration, calibrate
 from tncompress.cuts import Cut
 from tncompress.export import export_onnx, load, save
 from tncompress.finetune import FinetuneConfig, History, finetune, train_
@@ -41,6 +42,7 @@ __all__ = [
     "EVBMF",
     "MPS",
     "SVD",
+    "Calibration",
     "ConvGeometry",
     "Cut",
     "Energy",
@@ -61,6 +63,7 @@ __all__ = [
     "TNConv",
     "Tucker",
     "build_model",
+    "calibrate",
     "compress",
     "evaluate",
     "export_onnx",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,7 +28,7 @@ def patches(x: Tensor, geometry: ConvGeometry) -> Float[Tensor, "groups count d"
     >>> layer = torch.nn.Conv2d(3, 5, 2, stride=2, bias=False)
     >>> x, geometry = torch.randn(4, 3, 6, 6), ConvGeometry.of(layer)
     >>> seen = patches(x, geometry)
-    >>> seen.shape                                                        # 3 * 2 * 2 numbers at 4 * 3 * 3 pixels
+    >>> seen.shape                                            # 12 numbers at each of 4 * 3 * 3 pixels
     torch.Size([1, 36, 12])
     >>> out = seen @ geometry.kernels(layer.weight).flatten(2).mT
     >>> torch.allclose(out[0].T, layer(x).transpose(0, 1).flatten(1), atol=1e-6)
@@ -39,20 +40,27 @@ def patches(x: Tensor, geometry: ConvGeometry) -> Float[Tensor, "groups count d"
 def patch_chunks(
     x: Tensor, geometry: ConvGeometry, *, numbers: int = CHUNK
 ) -> Iterator[Float[Tensor, "groups count d"]]:
-    """Yield :func:`patches` in pieces of about ``numbers`` entries: some images, or some lines of one image."""
-    view = _windows(x, geometry)
-    axis = 2 + geometry.ndim
-    images = view.shape[axis]
-    if not view.numel():
+    """Yield :func:`patches` in pieces of at most ``numbers`` entries: some images, or lines of one image.
+
+    A piece is a single line of pixels where even that is more.
+    """
+    ndim = geometry.ndim
+    if ndim == 0:
+        for part in x.reshape(-1, x.shape[-1]).split(max(1, numbers // x.shape[-1])):
+            yield patches(part, geometry)
         return
-    each = view.numel() // images
-    if each <= numbers or geometry.ndim == 0:
-        for part in view.split(max(1, numbers // each), axis):
-            yield _as_matrix(part, geometry)
+    images = x if x.ndim == ndim + 2 else x[None]
+    lengths = [geometry.output_length(length, axis) for axis, length in enumerate(images.shape[2:])]
+    each = geometry.in_channels * math.prod(geometry.kernel_size) * math.prod(lengths)
+    if each == 0 or not len(images):
         return
-    lines = max(1, numbers * view.shape[axis + 1] // each)
-    for image in view.split(1, axis):
-        for part in image.split(lines, axis + 1):
+    if each <= numbers:
+        for part in images.split(numbers // each):
+            yield patches(part, geometry)
+        return
+    lines = max(1, numbers * lengths[0] // each)
+    for image in images.split(1):
+        for part in _windows(image, geometry).split(lines, 3 + ndim):
             yield _as_matrix(part, geometry)
 
 
@@ -91,7 +99,8 @@ def _stuffed(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """Return the input of the ordinary convolution of stride 1 that the transposed one is, window flipped."""
     lengths = [(length - 1) * s + 1 for length, s in zip(x.shape[2:], geometry.stride, strict=True)]
     stuffed = x.new_zeros(*x.shape[:2], *lengths)
-    stuffed[(..., *(slice(None, None, s) for s in geometry.stride))] = x
+    places: tuple[Any, ...] = (..., *(slice(None, None, s) for s in geometry.stride))
+    stuffed[places] = x
     pairs = []
     for axis in range(geometry.ndim):
         reach = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1)

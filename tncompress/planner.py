@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tncompress.contraction import chain_macs, dense_macs, macs_ratio
-from tncompress.discovery import Layer, find_layers, refuse_wrapped
+from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
 from tncompress.formats import Fit, Stage
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
@@ -66,12 +65,6 @@ def make_plan(
             reason = made
         decided.append(_skip(layer, reason, calls.get(layer.name)))
     return Plan(tuple(decided), spec, sum(p.numel() for p in model.parameters()), fits)
-
-
-def digest_of(kernel: Tensor) -> str:
-    """Return a fingerprint of the kernel's values, by which a plan knows the weights it was made for."""
-    raw = kernel.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(raw.tobytes(), digest_size=16).hexdigest()
 
 
 def _plan_layer(

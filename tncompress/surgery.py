@@ -11,10 +11,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from tncompress.discovery import NORM_HOOKS, Layer, find_layers, refuse_wrapped
+from tncompress.discovery import NORM_HOOKS, Layer, digest_of, find_layers, refuse_wrapped
 from tncompress.layers import TNConv
 from tncompress.plan import LayerPlan, Plan
-from tncompress.planner import describe, digest_of, make_plan, memory_for
+from tncompress.planner import describe, make_plan, memory_for
 from tncompress.running import copy_model
 from tncompress.spec import Spec
 from tncompress.tables import watched
