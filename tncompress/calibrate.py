@@ -87,6 +87,22 @@ def calibrate(
     return watch.result(images, slopes)
 
 
+def as_calibration(
+    calibration: Calibration | Iterable[Any] | None,
+    model: nn.Module,
+    *,
+    include: Collection[str],
+    progress: bool = False,
+) -> Calibration | None:
+    """Return moments that are known to be of this model: those given, or those of the batches given."""
+    if calibration is None:
+        return None
+    if not isinstance(calibration, Calibration):
+        return calibrate(model, calibration, include=include, progress=progress)
+    calibration.check(find_layers(model, include))
+    return calibration
+
+
 class _Watch:
     """The hooks of one pass, and what they gather of each layer."""
 

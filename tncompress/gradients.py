@@ -53,7 +53,7 @@ class GradientMoments:
         self.images += len(x)
 
     def of(self, name: str) -> Tensor | None:
-        """Return the mean over images of a layer, ``(groups, out, out)``; None if the loss does not see it."""
+        """Return the mean over images of a layer, ``(groups, out, out)``; None if no loss sees it."""
         return self.sums[name] / self.images if name in self.sums else None
 
     def _drawn(self, logits: Tensor) -> Tensor:

@@ -138,15 +138,17 @@ class Calibration:
         moments = self.layers.get(name)
         return None if moments is None else moments.metric(centred=self.keeps_mean(name))
 
-    def shift(self, name: str, error: Tensor) -> Tensor | None:
+    def shift(self, name: str, error: Tensor) -> tuple[str | None, Tensor] | None:
         """Return ``(W - W') E[x]``, which keeps the mean output of a layer; None where nothing can take it.
 
-        ``error`` is ``W - W'`` as a stack of kernels ``(groups, out, in, *spatial)``.
+        ``error`` is ``W - W'`` as a stack of kernels ``(groups, out, in, *spatial)``. The shift is to be
+        added to the layer's bias, or taken from the running mean of the BatchNorm whose name comes with it.
         """
         if name not in self.layers or not self.keeps_mean(name):
             return None
         mean = self.layers[name].mean.flatten(1).to(error.device)
-        return (error.double().flatten(2) @ mean[:, :, None]).flatten()
+        norm = None if name in self.biased else self.norms[name]
+        return norm, (error.double().flatten(2) @ mean[:, :, None]).flatten()
 
     def check(self, layers: Iterable[Layer]) -> None:
         """Raise a ``ValueError`` unless these are the layers, with the weights, of the calibrated model."""
