@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from tncompress.textfiles import one_line
 __all__ = ["Calibration", "Moments", "calibrate"]
 
 BLOCK = 512
-"""Rows of a covariance that are worked on at once: of its symmetric blocks only one half is computed."""
+"""Rows of a covariance that are worked on at once, at most: only blocks on and above the diagonal are."""
 
 NEVER = 2**62
 """The number of the first batch with NaN or infinity, while there was none."""
@@ -224,16 +225,17 @@ class _Collector:
                 and seen.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
             )
             rows = seen.float() if seen.dtype.itemsize < 4 else seen
-            mean = rows.mean(1, dtype=torch.float64)
-            self.finite.look(mean, number)
-            middle = mean.to(rows.dtype)[:, None]
-            self._pool(rows.sub_(middle) if own or rows is not seen else rows - middle, mean)
+            middle = rows.mean(1)
+            self.finite.look(middle, number)
+            about = middle[:, None]
+            self._pool(rows.sub_(about) if own or rows is not seen else rows - about, middle.double())
 
     def _pool(self, centred: Tensor, mean: Tensor) -> None:
-        """Add patches about their ``mean``: their squares, and those of the means' distance."""
+        """Add patches about a point near their mean: their squares, and those of the means' distance."""
         if not self.squares:
             self._begin(mean)
         count = centred.shape[1]
+        mean = mean + centred.mean(1)  # what rounding left of it
         total = self.count + count
         gap, weight = mean - self.mean, self.count * count / total
         if self.separable:
@@ -274,18 +276,27 @@ def _add_squares(total: Tensor, rows: Tensor, gap: Tensor, weight: float) -> Non
     Products are in the dtype of ``rows`` (groups, count, d), sums in that of ``total``.
     """
     d = total.shape[1]
-    for first in range(0, d, BLOCK):
-        some = slice(first, first + BLOCK)
+    step = _step(d)
+    for first in range(0, d, step):
+        some = slice(first, first + step)
         part = total[:, some, first:]
         part += rows[..., some].mT @ rows[..., first:]
         if weight:
             part.baddbmm_(gap[:, some], gap[:, first:].mT, alpha=weight)
 
 
+def _step(d: int) -> int:
+    """Return how many rows of a matrix are worked on at once: an eighth, unless that is too few or many."""
+    return min(BLOCK, max(64, -(-d // 8)))
+
+
 def _mirror(matrix: Tensor) -> None:
-    """Fill the blocks below the diagonal with those above it."""
-    for first in range(0, matrix.shape[1], BLOCK):
-        last = first + BLOCK
+    """Fill the blocks below the diagonal with those above it, and make those on it symmetric."""
+    step = _step(matrix.shape[1])
+    for first in range(0, matrix.shape[1], step):
+        last = first + step
+        block = matrix[:, first:last, first:last]
+        block.copy_((block + block.mT) / 2)
         matrix[:, last:, first:last] = matrix[:, first:last, last:].mT
 
 
@@ -328,7 +339,7 @@ class _Followers:
 
     def take(self, norm: nn.Module, x: Tensor) -> None:
         """Take note of what a BatchNorm is given; what was changed in place since is no layer's output."""
-        kept, version, name = self.made.pop(id(x), (None, 0, ""))
+        kept, version, name = self.made.get(id(x), (None, 0, ""))
         taken = kept is not None and kept() is x and x._version == version
         self.sources.setdefault(self.norms[norm], set()).add(name if taken else None)
         if taken:
@@ -372,10 +383,9 @@ def _geometry_of_call(layer: Layer, x: Tensor, args: Any, kwargs: Any) -> ConvGe
 def _working_bytes(layers: list[Layer], numbers: int) -> int:
     """Return what the pass needs beside the moments: patches, centred patches, padded inputs, one product."""
     itemsize = max((max(4, layer.weight().dtype.itemsize) for layer in layers), default=4)
-    widest = max(
-        (layer.geometry.num_weights // layer.geometry.kernel_shape[0] for layer in layers), default=0
-    )
-    return itemsize * (3 * numbers + min(BLOCK, widest) * widest)
+    widths = [math.prod(layer.geometry.kernel_shape[1:]) for layer in layers]
+    products = [w * min(w, _step(w)) * layer.geometry.groups for w, layer in zip(widths, layers, strict=True)]
+    return itemsize * (3 * numbers + max(products, default=0))
 
 
 def _allotted(layers: list[Layer], room: int, *, gradients: bool) -> dict[str, str]:

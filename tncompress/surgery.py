@@ -118,7 +118,7 @@ def _build(layer: Layer, planned: LayerPlan, plan: Plan) -> tuple[LayerPlan, TNC
         )
     fit = plan.fits.get(planned.name)
     if fit is None and planned.output_error is not None:
-        raise ValueError(f"{where}: the plan was made with calibration data: give calibration= again")
+        raise ValueError(f"{where}: the plan was made with calibration data: give it calibration, too")
     if fit is None:
         with memory_for(where):
             fit = planned.format.fit_groups(geometry.kernels(weight), planned.ranks)
