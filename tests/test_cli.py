@@ -96,6 +96,22 @@ def test_a_saved_plan_is_a_spec(run, trained):
     assert torch.equal(tnc.load(trained / "c")(x), tnc.load(trained / "small")(x))
 
 
+def test_calibrated_plans_and_models(run, trained):
+    model = "--model zoo:cnn4 --data digits --weights dense.safetensors"
+    made = json.loads(run(f"calibrate {model} --images 128 --out m.safetensors --json").stdout)
+    assert (made["images"], made["layers"], made["separable"]) == (128, 5, [])
+    found = json.loads(run(f"plan {model} --spec spec.yaml --calibration m.safetensors --json").stdout)
+    assert all(0 < layer["output_error"] < layer["rel_error"] for layer in found["compressed"])
+    run(f"plan {model} --spec spec.yaml --calibrate 128 --out plan.json")
+    assert "output error" in run(f"plan {model} --spec spec.yaml --calibrate 128").stdout
+    run(f"compress {model} --spec spec.yaml --calibration m.safetensors --out one")
+    run(f"compress {model} --spec plan.json --calibrate 128 --out two")
+    x = torch.randn(2, 1, 28, 28)
+    assert torch.equal(tnc.load(trained / "one")(x), tnc.load(trained / "two")(x))
+    tight = json.loads(run(f"calibrate {model} --images 64 --memory 0.005 --out t.safetensors --json").stdout)
+    assert tight["separable"]
+
+
 def test_repair_and_finetune(run, trained):
     mended = json.loads(run("repair small --data digits --images 256 --out mended --json").stdout)
     assert mended["accuracy"] >= 0
@@ -146,6 +162,15 @@ MISUSE = {
     "unknown format": (
         f"{BASE} --spec bad_format.yaml",
         "unknown format 'spline'; the formats are cp, mps, svd, tucker",
+    ),
+    "two calibrations": (f"{BASE} --data digits --calibration m.safetensors --calibrate 9", "not both"),
+    "no images": (f"{BASE} --calibrate 9", "--calibrate takes its images from --data"),
+    "no moments": (f"{BASE} --calibration none.safetensors", "no file of moments none.safetensors"),
+    "foreign moments": (f"{BASE} --calibration dense.safetensors", "holds no moments"),
+    "moments suffix": ("calibrate --model zoo:cnn4 --data digits --out m.pt", ".safetensors, got m.pt"),
+    "calibrated include": (
+        "calibrate --model zoo:cnn4 --data digits --include depth --out m.safetensors",
+        "include",
     ),
     "misspelt key": (
         f"{BASE} --spec bad_key.yaml",

@@ -48,3 +48,20 @@ def test_a_model_is_repaired_where_it_lies():
     mended = tnc.repair(small, dense, [torch.randn(8, 3, 16, 16) for _ in range(3)])
     assert all(tensor.is_cuda for tensor in mended.state_dict().values())
     assert mended(torch.randn(1, 3, 16, 16, device="cuda")).isfinite().all()
+
+
+def test_a_model_is_calibrated_where_it_lies():
+    model, batches = net(), [torch.randn(8, 3, 16, 16) for _ in range(3)]
+    here, there = tnc.calibrate(model, batches), tnc.calibrate(model.cuda(), batches, gradients="teacher")
+    assert here.norms == there.norms
+    for name, moments in here.layers.items():
+        theirs = there.layers[name]
+        assert all(tensor.is_cuda for tensor in theirs.tensors().values())
+        assert_close(theirs.covariance.cpu(), moments.covariance, rtol=1e-3, atol=1e-4)
+        assert_close(theirs.mean.cpu(), moments.mean, rtol=1e-3, atol=1e-4)
+    spec = {"default": {"format": "mps", "rank": {"params_ratio": 0.4}}}
+    for made in (here, there):
+        small = tnc.compress(model, spec, calibration=made)
+        assert all(tensor.is_cuda for tensor in small.state_dict().values())
+    with pytest.raises(ValueError, match="batch 2 of the calibration data holds NaN"):
+        tnc.calibrate(model, [batches[0], batches[1] / 0])

@@ -362,7 +362,7 @@ def test_a_foreign_file_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="holds no moments"):
         tnc.Calibration.load(tmp_path / "w.safetensors")
     torch.save({}, tmp_path / "p.safetensors")
-    with pytest.raises(ValueError, match="is in truth a file of torch.save"):
+    with pytest.raises(ValueError, match=r"is in truth a file of torch\.save"):
         tnc.Calibration.load(tmp_path / "p.safetensors")
     with pytest.raises(FileNotFoundError, match="no file of moments"):
         tnc.Calibration.load(tmp_path / "none.safetensors")
@@ -373,7 +373,12 @@ def test_a_foreign_file_is_one_line(tmp_path):
 
 def spec(format, ratio=0.4, include=()):
     rank = {"params_ratio": ratio}
-    return {"keep_dense": [], "include": include, "allow_larger": True, "default": {"format": format, "rank": rank}}
+    return {
+        "keep_dense": [],
+        "include": include,
+        "allow_larger": True,
+        "default": {"format": format, "rank": rank},
+    }
 
 
 SOME = [

@@ -126,12 +126,68 @@ def train(
 
 @app.command()
 @cli.guarded
+def calibrate(
+    model: cli.ModelOption,
+    data: cli.DataOption,
+    out: Annotated[Path, typer.Option("--out", help="The file, .safetensors.", show_default=False)],
+    weights: cli.WeightsOption = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="How many unlabelled images to use.")] = 1024,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", help="As in the spec: depthwise, subclasses ...")
+    ] = None,
+    memory: Annotated[
+        float, typer.Option("--memory", help="GiB for the moments; the largest are simplified beyond.")
+    ] = 4.0,
+    data_dir: cli.DataDirOption = None,
+    device: cli.DeviceOption = "auto",
+    seed: cli.SeedOption = 0,
+    as_json: cli.JsonOption = False,
+    overwrite: cli.OverwriteOption = False,
+    debug: cli.DebugOption = False,
+) -> None:
+    """Measure what each layer is given, for plans that keep the outputs close. Labels are not looked at.
+
+    Example: `tncompress calibrate --model zoo:cnn4 --weights w.safetensors --data digits --out m.safetensors`
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out is a file that ends in .safetensors, got {out}")
+    with new_file(out, overwrite=overwrite) as fresh:
+        loaded = cli.load_data(data, data_dir=data_dir)
+        dense, _ = cli.open_model(model, weights, loaded)
+        made = tnc.calibrate(
+            dense.to(cli.pick_device(device)),
+            loaded.calibration_loader(images, seed=seed),
+            include=include or (),
+            memory_limit=int(memory * 2**30),
+            progress=not as_json,
+        )
+        made.save(fresh)
+    cli.show(
+        {
+            "images": made.images,
+            "layers": len(made.layers),
+            "bytes": made.num_bytes,
+            "separable": list(made.separable),
+            "left_out": list(made.left_out),
+            "unreached": list(made.unreached),
+            "moments": str(out),
+        },
+        as_json=as_json,
+    )
+    if weights is None:
+        cli.say("no --weights: the moments are those of random weights")
+
+
+@app.command()
+@cli.guarded
 def plan(
     model: cli.ModelOption,
     spec: cli.SpecOption = None,
     weights: cli.WeightsOption = None,
     data: cli.MaybeDataOption = None,
     input_shape: cli.InputOption = None,
+    calibration: cli.CalibrationOption = None,
+    calibrate: cli.CalibrateOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Save the plan as JSON; compress takes it as --spec.")
     ] = None,
@@ -145,11 +201,12 @@ def plan(
     Example: `tncompress plan --model torchvision:resnet50 --spec spec.yaml --input 3x224x224`
     """
     images = cli.open_data(data, data_dir)
+    moments = cli.moments_for(calibration, calibrate, images)
     dense, _ = cli.open_model(model, weights, images)
     example = cli.example_for(dense, input_shape, images)
     made = _spec(spec)
     if isinstance(made, tnc.Spec):
-        made = tnc.make_plan(dense, made, example_inputs=example, progress=not as_json)
+        made = tnc.make_plan(dense, made, calibration=moments, example_inputs=example, progress=not as_json)
     if out is not None:
         with new_file(out, overwrite=overwrite) as fresh:
             made.save(fresh)
@@ -169,6 +226,8 @@ def compress(
     weights: cli.WeightsOption = None,
     data: cli.MaybeDataOption = None,
     input_shape: cli.InputOption = None,
+    calibration: cli.CalibrationOption = None,
+    calibrate: cli.CalibrateOption = None,
     data_dir: cli.DataDirOption = None,
     device: cli.DeviceOption = "cpu",
     as_json: cli.JsonOption = False,
@@ -181,12 +240,15 @@ def compress(
     """
     check_writable(out, marker=MANIFEST, overwrite=overwrite)
     images = cli.open_data(data, data_dir)
+    moments = cli.moments_for(calibration, calibrate, images)
     dense, source = cli.open_model(model, weights, images)
     example = cli.example_for(dense, input_shape, images)
     where = cli.pick_device(device)
     asked = _spec(spec)
     moved = example.to(where) if example is not None else None
-    small = tnc.compress(dense.to(where), asked, example_inputs=moved, progress=not as_json)
+    small = tnc.compress(
+        dense.to(where), asked, calibration=moments, example_inputs=moved, progress=not as_json
+    )
     made: Any = small.tncompress_plan
     tnc.save(small.cpu(), out, source=source, dense_weights=weights, overwrite=overwrite)
     cli.show(made, as_json=as_json)

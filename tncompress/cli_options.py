@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
+from tncompress.calibrate import Calibration
 from tncompress.data import NAMES, DataSet, load_data
 from tncompress.discovery import find_layers
 from tncompress.weights import load_weights
@@ -38,6 +39,14 @@ DataDirOption = Annotated[
 ]
 InputOption = Annotated[
     str | None, typer.Option("--input", help="Shape of one input for MACs and latency, such as 3x224x224.")
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="Moments that `tncompress calibrate` wrote: keep the outputs close."),
+]
+CalibrateOption = Annotated[
+    int | None,
+    typer.Option("--calibrate", min=1, help="The same, measured on so many unlabelled images of --data."),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="A new folder for the result.", show_default=False)]
 DeviceOption = Annotated[
@@ -126,6 +135,19 @@ def open_model(model: str, weights: Path | None, data: DataSet | None) -> tuple[
     if weights is not None:
         load_weights(built, weights)
     return built.eval(), source
+
+
+def moments_for(
+    path: Path | None, images: int | None, data: DataSet | None, *, seed: int = 0
+) -> Calibration | Iterable[Any] | None:
+    """Return the moments in a file, or batches to measure them on; None where neither is asked for."""
+    if path is not None and images is not None:
+        raise ValueError("give --calibration FILE or --calibrate N, not both")
+    if images is not None and data is None:
+        raise ValueError("--calibrate takes its images from --data: name a data set")
+    if path is not None:
+        return Calibration.load(path)
+    return data.calibration_loader(images, seed=seed) if data is not None and images is not None else None
 
 
 def example_for(model: nn.Module, shape: str | None, data: DataSet | None, batch: int = 1) -> Tensor | None:
