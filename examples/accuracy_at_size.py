@@ -1,13 +1,13 @@
 """Accuracy at a given size, without labels or training: step by step, with seeds, beside tltorch.
 
-    python examples/accuracy_at_size.py train               # dense models on Fashion-MNIST, with tncompress train
-    python examples/accuracy_at_size.py measure --network cnn4 --seed 0       # hours for all; resumed if stopped
-    python examples/accuracy_at_size.py time --network resnet50               # wall time and peak memory
-    python examples/accuracy_at_size.py page                # writes docs/accuracy.md from what was measured
+    python examples/accuracy_at_size.py train                             # dense models on Fashion-MNIST
+    python examples/accuracy_at_size.py measure --network cnn4 --seed 0   # hours for all; resumed if stopped
+    python examples/accuracy_at_size.py time --network resnet50           # wall time and peak memory
+    python examples/accuracy_at_size.py page                              # writes docs/accuracy.md
 
-Convolution parameters, or MACs of the whole model, are cut 2, 4, 8 and 16 times, the stem included. Steps add
-up: uniform truncation, a budget over all layers, data-aware truncation, repair. All of it sees 1,024 unlabelled
-images; accuracies are those of the 10,000 test images. Results go to docs/accuracy.jsonl.
+Convolution parameters, or MACs of the whole model, are cut 2, 4, 8 and 16 times, the stem included. Steps
+add up: uniform truncation, a budget over all layers, data-aware truncation, repair. All of it sees 1,024
+unlabelled images; accuracies are those of the 10,000 test images. Results go to docs/accuracy.jsonl.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tncompress.sensitivity import quick_sensitivity
 from torch import nn
 
 import tncompress as tnc
@@ -29,7 +30,6 @@ from tncompress.measure import macs, num_params
 from tncompress.repair import reestimate_batchnorm_
 from tncompress.report import environment
 from tncompress.running import copy_model
-from tncompress.sensitivity import quick_sensitivity
 
 DATA, IMAGES = "fashion-mnist", 1024
 DENSE = {"cnn4": (0, 1, 2), "resnet20": (0,)}  # seeds of the dense training
@@ -93,7 +93,9 @@ class Bench:
         }
         self.done.add(key_of(row))
         append(self.results, row)
-        shown = {name: value for name, value in row.items() if name in ("resource", "times", "format", "step")}
+        shown = {
+            name: value for name, value in row.items() if name in ("resource", "times", "format", "step")
+        }
         print(self.network, self.seeds, *shown.values(), row["accuracy"], f"{seconds:.0f}s", flush=True)
 
     def is_done(self, **key) -> bool:
@@ -135,8 +137,14 @@ def budgets(bench: Bench, resource_name: str, times_all: tuple[int, ...]) -> Non
             if bench.is_done(**key, step="repair"):
                 continue
             started = time.perf_counter()
-            options = {"calibration": calibration, "sensitivity": sensitivity, "example_inputs": bench.example}
-            aware = attempt(bench, lambda spec=spec, o=options: tnc.compress(bench.dense, spec, **o), key, "aware")
+            options = {
+                "calibration": calibration,
+                "sensitivity": sensitivity,
+                "example_inputs": bench.example,
+            }
+            aware = attempt(
+                bench, lambda spec=spec, o=options: tnc.compress(bench.dense, spec, **o), key, "aware"
+            )
             if aware is None:
                 continue
             bench.write(aware, time.perf_counter() - started, **key, step="aware")
@@ -155,7 +163,10 @@ def uniform(bench: Bench, resource_name: str, times: int) -> None:
             continue
         spec = uniform_spec(bench, fmt, resource_name, times)
         if spec is None:
-            append(bench.results, {"network": bench.network, "seeds": bench.seeds} | key | {"step": "uniform", "no": 1})
+            append(
+                bench.results,
+                {"network": bench.network, "seeds": bench.seeds} | key | {"step": "uniform", "no": 1},
+            )
             continue
         truncated(bench, spec, key, "uniform")
         calibration = calibration or tnc.calibrate(bench.dense, bench.images)
@@ -168,17 +179,17 @@ def uniform(bench: Bench, resource_name: str, times: int) -> None:
 def truncated(bench: Bench, spec: dict, key: dict, step: str) -> None:
     """Write the rows of plain truncation with ``spec``, and of BatchNorm taken again after it."""
     started = time.perf_counter()
-    small = attempt(bench, lambda: tnc.compress(bench.dense, spec, example_inputs=bench.example), key, step)
+    small = attempt(bench, spec, key, step)
     if small is None:
         return
     bench.write(small, time.perf_counter() - started, **key, step=step)
     bench.write(bench.with_batchnorm(small), 0.0, **key, step=f"{step} + BatchNorm")
 
 
-def attempt(bench: Bench, make, key: dict, step: str) -> nn.Module | None:
-    """Return what ``make`` makes, or None, with a row that says why, where the budget can't be met."""
+def attempt(bench: Bench, spec: dict, key: dict, step: str, **options) -> nn.Module | None:
+    """Return the compressed model, or None, with a row that says why, where the budget can't be met."""
     try:
-        return make()
+        return tnc.compress(bench.dense, spec, example_inputs=bench.example, **options)
     except ValueError as error:
         row = {"network": bench.network, "seeds": bench.seeds} | key | {"step": step, "no": str(error)}
         append(bench.results, row)
@@ -325,7 +336,9 @@ def append(results: Path, row: dict) -> None:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=("train", "measure", "time", "page"))
     parser.add_argument("--network", choices=(*DENSE, "resnet50"))
     parser.add_argument("--seed", type=int, help="number of the pair of seeds; all by default")
