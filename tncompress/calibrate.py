@@ -13,23 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tncompress.collector import Collector, Finite, block_rows
 from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
 from tncompress.geometry import ConvGeometry
 from tncompress.gradients import GradientMoments
-from tncompress.moments import Calibration, Moments, num_bytes, product
-from tncompress.patches import CHUNK, patch_chunks
+from tncompress.moments import Calibration, Moments, num_bytes
+from tncompress.patches import CHUNK
 from tncompress.running import eval_mode, input_of_call
 from tncompress.spec import Spec
 from tncompress.tables import progress_bar
 from tncompress.textfiles import one_line
 
 __all__ = ["Calibration", "Moments", "calibrate"]
-
-BLOCK = 512
-"""Rows of a covariance that are worked on at once, at most: only blocks on and above the diagonal are."""
-
-NEVER = 2**62
-"""The number of the first batch with NaN or infinity, while there was none."""
 
 
 def calibrate(
@@ -109,11 +104,11 @@ class _Watch:
 
     def __init__(self, model: nn.Module, layers: list[Layer], limit: int, *, gradients: bool) -> None:
         self.layers, self.followers = layers, _Followers(model)
-        self.number, self.on, self.inputs = 0, True, _Finite()
+        self.number, self.on, self.inputs = 0, True, Finite()
         numbers = max(1, min(CHUNK, limit // 64))
         kinds = _allotted(layers, limit - _working_bytes(layers, numbers), gradients=gradients)
         self.collectors = {
-            layer.name: _Collector(layer, numbers, separable=kinds[layer.name] == "separable")
+            layer.name: Collector(layer, numbers, separable=kinds[layer.name] == "separable")
             for layer in layers
             if layer.name in kinds
         }
@@ -206,118 +201,6 @@ class _Watch:
         )
 
 
-class _Collector:
-    """Mean and centred squares of a layer's patches, piece after piece (Chan, Golub & LeVeque 1979)."""
-
-    def __init__(self, layer: Layer, numbers: int, *, separable: bool) -> None:
-        self.name, self.patch = layer.name, layer.geometry.kernel_shape[1:]
-        self.groups, self.numbers, self.separable = layer.geometry.groups, numbers, separable
-        self.count, self.finite = 0, _Finite()
-        self.mean = torch.empty(0)
-        self.squares: list[Tensor] = []
-
-    def add(self, x: Tensor, geometry: ConvGeometry, number: int) -> None:
-        """Take in the input of one call."""
-        x = x.detach()
-        for seen in patch_chunks(x, geometry, numbers=self.numbers):
-            own = (
-                seen.mT.is_contiguous()
-                and seen.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-            )
-            rows = seen.float() if seen.dtype.itemsize < 4 else seen
-            middle = rows.mean(1)
-            self.finite.look(middle, number)
-            about = middle[:, None]
-            self._pool(rows.sub_(about) if own or rows is not seen else rows - about, middle.double())
-
-    def _pool(self, centred: Tensor, mean: Tensor) -> None:
-        """Add patches about a point near their mean: their squares, and those of the means' distance."""
-        if not self.squares:
-            self._begin(mean)
-        count = centred.shape[1]
-        mean = mean + centred.mean(1)  # what rounding left of it
-        total = self.count + count
-        gap, weight = mean - self.mean, self.count * count / total
-        if self.separable:
-            split = centred.mT.reshape(self.groups, self.patch[0], -1, count)
-            apart = gap.reshape(self.groups, self.patch[0], -1)
-            channels, window = self.squares
-            _add_squares(channels, split.flatten(2).mT, apart, weight)
-            window += (split.flatten(0, 1) @ split.flatten(0, 1).mT).unflatten(0, split.shape[:2]).sum(1)
-            window += weight * (apart.mT @ apart)
-        else:
-            _add_squares(self.squares[0], centred, gap[:, :, None], weight)
-        self.mean += gap * (count / total)
-        self.count = total
-
-    def _begin(self, mean: Tensor) -> None:
-        self.mean = torch.zeros_like(mean)
-        d, inward = mean.shape[1], self.patch[0]
-        sizes = (inward, d // inward) if self.separable else (d,)
-        self.squares = [mean.new_zeros(self.groups, size, size) for size in sizes]
-
-    def finish(self, gradient: Tensor | None) -> Moments:
-        """Return the moments of all that was taken in, whose memory they take over."""
-        for squares in self.squares:
-            squares /= self.count
-        _mirror(self.squares[0])
-        if not bool(torch.isfinite(self.squares[0].diagonal(dim1=1, dim2=2)).all()):
-            raise ValueError(f"the input of layer {self.name!r} is too large: its squares overflow")
-        mean = self.mean.reshape(self.groups, *self.patch)
-        if self.separable:
-            channels, window = product(*self.squares)
-            return Moments(self.count, mean, None, channels, window, gradient)
-        return Moments(self.count, mean, self.squares[0], gradient=gradient)
-
-
-def _add_squares(total: Tensor, rows: Tensor, gap: Tensor, weight: float) -> None:
-    """Add ``rows' rows + weight gap gap'`` to ``total``, on and above its diagonal blocks.
-
-    Products are in the dtype of ``rows`` (groups, count, d), sums in that of ``total``.
-    """
-    d = total.shape[1]
-    step = _step(d)
-    for first in range(0, d, step):
-        some = slice(first, first + step)
-        part = total[:, some, first:]
-        part += rows[..., some].mT @ rows[..., first:]
-        if weight:
-            part.baddbmm_(gap[:, some], gap[:, first:].mT, alpha=weight)
-
-
-def _step(d: int) -> int:
-    """Return how many rows of a matrix are worked on at once: an eighth, unless that is too few or many."""
-    return min(BLOCK, max(64, -(-d // 8)))
-
-
-def _mirror(matrix: Tensor) -> None:
-    """Fill the blocks below the diagonal with those above it, and make those on it symmetric."""
-    step = _step(matrix.shape[1])
-    for first in range(0, matrix.shape[1], step):
-        last = first + step
-        block = matrix[:, first:last, first:last]
-        block.copy_((block + block.mT) / 2)
-        matrix[:, last:, first:last] = matrix[:, first:last, last:].mT
-
-
-class _Finite:
-    """The number of the first batch with NaN or infinity, kept on the device until it is asked for."""
-
-    def __init__(self) -> None:
-        self.first: Tensor | None = None
-
-    def look(self, values: Tensor, number: int) -> None:
-        """Take note of ``number`` if any of ``values`` is not finite."""
-        if values.is_floating_point() or values.is_complex():
-            found = torch.where(torch.isfinite(values).all(), NEVER, number)
-            self.first = found if self.first is None else torch.minimum(self.first, found)
-
-    def first_bad(self) -> int | None:
-        """Return the number noted, if any."""
-        first = int(self.first) if self.first is not None else NEVER
-        return first if first < NEVER else None
-
-
 class _Followers:
     """Which BatchNorm takes the output of a layer as it is: known by the identity of the tensor."""
 
@@ -384,7 +267,9 @@ def _working_bytes(layers: list[Layer], numbers: int) -> int:
     """Return what the pass needs beside the moments: patches, centred patches, padded inputs, one product."""
     itemsize = max((max(4, layer.weight().dtype.itemsize) for layer in layers), default=4)
     widths = [math.prod(layer.geometry.kernel_shape[1:]) for layer in layers]
-    products = [w * min(w, _step(w)) * layer.geometry.groups for w, layer in zip(widths, layers, strict=True)]
+    products = [
+        w * min(w, block_rows(w)) * layer.geometry.groups for w, layer in zip(widths, layers, strict=True)
+    ]
     return itemsize * (3 * numbers + max(products, default=0))
 
 
