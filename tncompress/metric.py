@@ -23,12 +23,15 @@ class Metric:
 
     ``whole`` is ``(groups, d, d)`` with d = in * prod(window), in the order of the kernel's entries. Without
     it, ``channels`` ``(groups, in, in)`` and ``window`` ``(groups, k, k)`` stand for their Kronecker product.
+    ``gradient`` ``(groups, out, out)``, the second moments of the loss's gradients at the output, lets fits
+    weigh the outputs, too (the two factors of K-FAC, Martens and Grosse 2015).
     """
 
     patch: tuple[int, ...]
     whole: Tensor | None = None
     channels: Tensor | None = None
     window: Tensor | None = None
+    gradient: Tensor | None = None
 
     def __post_init__(self) -> None:
         d, k = math.prod(self.patch), math.prod(self.patch[1:])
@@ -87,11 +90,12 @@ class Metric:
         if not ridge:
             return self
         parts = (self.whole, self.channels, self.window)
-        return Metric(self.patch, *(add_ridge(m, ridge) if m is not None else None for m in parts))
+        ridged = [add_ridge(m, ridge) if m is not None else None for m in parts]
+        return Metric(self.patch, *ridged, self.gradient)
 
     def to(self, *args: object, **kwargs: object) -> Metric:
         """Return the same metric in another dtype or on another device."""
-        parts = (self.whole, self.channels, self.window)
+        parts = (self.whole, self.channels, self.window, self.gradient)
         return Metric(self.patch, *(m.to(*args, **kwargs) if m is not None else None for m in parts))  # type: ignore[call-overload]
 
 

@@ -70,17 +70,17 @@ class Moments:
         """Return the norm of a kernel in which its error is that of the output, about its mean or about 0."""
         patch = tuple(self.mean.shape[1:])
         if centred:
-            return Metric(patch, self.covariance, self.channels, self.window)
+            return Metric(patch, self.covariance, self.channels, self.window, self.gradient)
         mean = self.mean.flatten(1)
         if self.covariance is not None:
-            return Metric(patch, self.covariance + mean[:, :, None] * mean[:, None])
+            whole = self.covariance + mean[:, :, None] * mean[:, None]
+            return Metric(patch, whole, gradient=self.gradient)
         assert self.channels is not None
         assert self.window is not None
         split = self.mean.flatten(2) if self.mean.ndim > 2 else self.mean[:, :, None]
         total = _trace(self.channels)
-        return Metric(
-            patch, None, *product(self.channels + split @ split.mT, total * self.window + split.mT @ split)
-        )
+        parts = product(self.channels + split @ split.mT, total * self.window + split.mT @ split)
+        return Metric(patch, None, *parts, gradient=self.gradient)
 
 
 def product(channels: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:

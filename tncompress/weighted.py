@@ -33,7 +33,6 @@ def fit_in_metric(
     metric: Metric,
     *,
     ridge: float = 0.0,
-    gradient: Tensor | None = None,
     start: Sequence[Tensor] | None = None,
     sweeps: int = SWEEPS,
     last_only: bool = False,
@@ -41,9 +40,9 @@ def fit_in_metric(
     """Return factors for a stack of ``kernels`` ``(groups, out, in, *spatial)`` of least output error.
 
     Minimises tr((W - W') C (W - W')') over all groups, with C the ``metric`` plus ``ridge`` times its mean
-    diagonal, which keeps W' near W where the data say nothing. ``gradient``, the ``(groups, out, out)``
-    second moments of the gradients at the output, weighs the outputs, too. ``start`` is a set of factors as
-    in a fit, in place of the whitened kernel's; with ``last_only`` the factor with the leg ``out`` alone is
+    diagonal, which keeps W' near W where the data say nothing. The metric's ``gradient``, if there is one,
+    weighs the outputs, too: tr(G D C D'). ``start`` is a set of factors as in a fit, in place of the whitened
+    kernel's; with ``last_only`` the factor with the leg ``out`` alone is
     solved for. The errors of the fit are those of the factors in the kernel's dtype; ``output_error`` is
     sqrt(tr(D C D') / tr(W C W')), without ridge or gradient.
     """
@@ -52,9 +51,9 @@ def fit_in_metric(
     plain = metric.to(work)
     used = plain.ridged(ridge)
     weigh = unweigh = None
-    if gradient is not None:
-        weigh, unweigh = roots(add_ridge(gradient.to(work), GRADIENT_RIDGE))
-    target = torch.einsum("gab,gb...->ga...", weigh, work) if weigh is not None else work
+    if used.gradient is not None:
+        weigh, unweigh = roots(add_ridge(used.gradient, GRADIENT_RIDGE))
+    target = _apply(work, [1], weigh) if weigh is not None else work
     if start is None:
         factors = _whitened_start(format, network, target, ranks, used)
     else:
@@ -153,7 +152,10 @@ def whiten(format: Format, kernels: Tensor, metric: Metric) -> Tensor:
     Their spectra tell how far the *output* is off when a bond is cut: exactly for one cut out|rest, and
     roughly where the moments are no product over the factors.
     """
-    return _whitened(_Network.of(format, tuple(kernels.shape[1:])), working_copy(kernels), metric)[0]
+    work = working_copy(kernels)
+    if metric.gradient is not None:
+        work = _apply(work, [1], roots(add_ridge(metric.gradient.to(work), GRADIENT_RIDGE))[0])
+    return _whitened(_Network.of(format, tuple(kernels.shape[1:])), work, metric)[0]
 
 
 def _whitened(network: _Network, kernels: Tensor, metric: Metric) -> tuple[Tensor, dict[int, Tensor]]:
