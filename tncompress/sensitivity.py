@@ -1,0 +1,264 @@
+"""Measuring how the network's output answers to the truncation of each layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tncompress.discovery import Layer, find_layers, refuse_wrapped
+from tncompress.formats import SVD, Fit, Format, make_format
+from tncompress.layers import TNConv
+from tncompress.measure import device_of, macs
+from tncompress.outputs import DenseOutputs, Images, bytes_of
+from tncompress.planner import describe, digest_of, kept_dense, memory_for
+from tncompress.ranks import NoRanks, choose
+from tncompress.responses import Row, Sensitivity, Unmeasured
+from tncompress.rowcache import RowCache
+from tncompress.running import copy_model
+from tncompress.spec import KEEP_DENSE, ParamsRatio, Settings, Spec
+from tncompress.surgery import adopt, replace_all_
+from tncompress.tables import progress_bar
+
+QUICK_MACS = 4e12
+"""What the forward passes of :func:`quick_sensitivity` may take together."""
+
+QUICK_IMAGES = 8, 256
+"""The fewest and the most images that it takes by itself."""
+
+_KEYS = 1
+"""The version of what the keys of a cache are made from and of what its rows hold."""
+
+
+def sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    formats: Sequence[Any] = ("svd", "tucker", "mps", "cp"),
+    ratios: Sequence[float] = (0.5, 0.25, 0.125),
+    calibration: Any = None,
+    keep_dense: Sequence[str] = KEEP_DENSE,
+    include: Collection[str] = (),
+    cache: str | Path | None = None,
+    images: int | None = None,
+    progress: bool = False,
+) -> Sensitivity:
+    """Return how far the network's output changes when each layer alone is truncated, by format and ratio.
+
+    The change is the squared relative error sum |y' - y|^2 / sum |y - mean(y)|^2 of the outputs on
+    ``batches``, at most ``images`` of them, centred over the images: what is the same in every output, such
+    as a constant offset of the logits, is no signal. For outputs ``(images, classes)`` it is also the mean KL
+    divergence of softmax(y') from softmax(y), and the change of accuracy where batches carry labels.
+
+    ``formats`` are names, formats, or mappings with options; ``ratios`` are parameters, truncated / dense;
+    ``keep_dense`` and ``include`` are those of a :class:`Spec`. With a ``calibration`` layers are truncated
+    as the data ask, their mean outputs are corrected, and losses are those of outputs. ``cache`` is a file
+    that keeps each row as soon as it is measured: a run that was killed goes on there, and rows of another
+    model, other images or another calibration are not taken. The model is not touched.
+    """
+    asked = Spec.parse({"keep_dense": tuple(keep_dense), "include": tuple(include)})
+    settings = _settings(formats, ratios)
+    refuse_wrapped(model)
+    target = copy_model(model)
+    layers, unmeasured = _layers(target, asked)
+    _refuse_meta(target)
+    dense = DenseOutputs(target, Images.gather(batches, device_of(target), images))
+    run = _Run(target, dense, RowCache(cache))
+    rows: list[Row] = []
+    with progress_bar(len(layers) * len(settings), show=progress) as advance:
+        for layer in layers:
+            subject = _Subject.of(layer, calibration)
+            for setting, ratio in settings:
+                found = run.row(subject, setting, ratio)
+                (rows if isinstance(found, Row) else unmeasured).append(found)  # type: ignore[arg-type]
+                advance(f"{layer.name} {setting.format} {ratio:g}")
+    return Sensitivity(
+        tuple(rows),
+        len(dense.images),
+        dense.accuracy,
+        calibration is not None,
+        tuple(unmeasured),
+        {layer.name: digest_of(layer.weight()) for layer in layers},
+    )
+
+
+def quick_sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    calibration: Any = None,
+    ratios: Sequence[float] = (0.4, 0.1),
+    images: int | None = None,
+    **options: Any,
+) -> Sensitivity:
+    """Return a sensitivity that is cheap enough for every budget: one format in closed form, few images.
+
+    Kernels are cut ``out|rest`` at two ``ratios``. Without ``images`` as many are taken, 256 at most and 8 at
+    least, as keep the forward passes of all layers within some minutes on two cores. ``options`` are those
+    of :func:`sensitivity`.
+    """
+    device = device_of(model)
+    held = Images.gather(batches, device, images or QUICK_IMAGES[1])
+    if images is None:
+        chosen = Spec.parse({key: options[key] for key in ("keep_dense", "include") if key in options})
+        layers, _ = _layers(model, chosen)
+        passes = 1 + len(layers) * len(ratios)
+        least, most = QUICK_IMAGES
+        affordable = int(QUICK_MACS / (passes * max(macs(model, held.inputs[0][:1]), 1)))
+        held = held.first(min(most, max(least, affordable)))
+    labels = held.labels or (None,) * len(held.inputs)
+    pairs = list(zip(held.inputs, labels, strict=True))
+    return sensitivity(model, pairs, formats=(SVD(),), ratios=ratios, calibration=calibration, **options)
+
+
+def _settings(formats: Sequence[Any], ratios: Sequence[float]) -> list[tuple[Settings, float]]:
+    """Return what is measured of each layer, format by format."""
+    formats = [formats] if isinstance(formats, str | Mapping | Format) else formats
+    made = list(dict.fromkeys(make_format(format) for format in formats))
+    policies = list(dict.fromkeys(ParamsRatio(ratio) for ratio in ratios))
+    if not made or not policies:
+        raise ValueError("wanted at least one format and one ratio to measure, got none")
+    return [(Settings(format=format, rank=policy), policy.ratio) for format in made for policy in policies]
+
+
+def _layers(model: nn.Module, asked: Spec) -> tuple[list[Layer], list[Unmeasured]]:
+    """Return the layers of ``model`` that a spec would compress, and the others with the reason."""
+    layers = find_layers(model, asked.include)
+    kept = kept_dense(asked, layers)
+    reasons = {layer.name: layer.obstacle or kept.get(layer.name) for layer in layers}
+    left = [Unmeasured(name, None, None, reason) for name, reason in reasons.items() if reason]
+    return [layer for layer in layers if not reasons[layer.name]], left
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the meta device, where it puts nothing out: load its weights")
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A layer, its weight, and what the calibration knows of its patches: their metric and their mean."""
+
+    layer: Layer
+    weight: Tensor
+    metric: Any = None
+    mean: Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: Layer, calibration: Any) -> _Subject:
+        """Return the layer with its moments, if there is a calibration whose images reached it."""
+        weight = layer.weight()
+        if not bool(torch.isfinite(weight).all()):
+            where = describe(layer.name, weight)
+            raise ValueError(f"{where} holds NaN or infinity: mend the weights, or keep the layer dense")
+        metric = calibration.metric(layer.name) if calibration is not None else None
+        return cls(layer, weight, metric, calibration.layers[layer.name].mean if metric is not None else None)
+
+    @property
+    def kernels(self) -> Tensor:
+        """The weight as a stack of kernels ``(groups, out, in, *spatial)``."""
+        return self.layer.geometry.kernels(self.weight)
+
+    @cached_property
+    def digest(self) -> list[str]:
+        """Fingerprints of the weight and of the moments."""
+        held = [self.mean, *(getattr(self.metric, name, None) for name in ("whole", "channels", "window"))]
+        known = [digest_of(matrix) if matrix is not None else "" for matrix in held]
+        return [self.layer.name, digest_of(self.weight), *known]
+
+    def truncated(self, settings: Settings) -> tuple[tuple[int, ...], Fit] | str:
+        """Return the ranks and the fit that a plan would choose, or the reason why there are none."""
+        where = describe(self.layer.name, self.weight)
+        known = {"metric": self.metric} if self.metric is not None else {}
+        try:
+            settings.format.max_ranks(self.layer.geometry.kernel_shape)
+        except ValueError as error:
+            return str(error)
+        try:
+            with memory_for(where):
+                ranks, fit = choose(self.kernels, settings, limit=self.layer.params - 1, **known)
+        except NoRanks as reason:
+            return str(reason)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        assert fit is not None  # only the meta device has none
+        return ranks, fit
+
+    def built(self, format: Format, fit: Fit) -> TNConv:
+        """Return the truncated layer, its bias corrected for the mean input where that is known."""
+        layer = self.layer
+        bias = layer.module.bias.detach().clone() if layer.module.bias is not None else None
+        new = TNConv(format, layer.geometry, fit.factors, bias, rel_error=fit.rel_error)
+        if self.mean is not None:
+            lost = self.kernels.double() - layer.geometry.kernels(new.weight.detach()).double()
+            mean = self.mean.to(lost)
+            shift = (lost * mean[:, None]).flatten(2).sum(2).flatten().to(self.weight)
+            new.bias = nn.Parameter(shift if bias is None else bias + shift)
+        return adopt(new, layer.module)
+
+
+@dataclass
+class _Run:
+    """One measurement after another, each on the copy ``model``, which is dense again after each."""
+
+    model: nn.Module
+    dense: DenseOutputs
+    cache: RowCache
+
+    def __post_init__(self) -> None:
+        self._what = [_KEYS, _digest_of_model(self.model), self.dense.images.digest()]
+
+    def row(self, subject: _Subject, settings: Settings, ratio: float) -> Row | Unmeasured:
+        """Return the row of one truncation, from the cache if it is there, or why there is none."""
+        layer, format = subject.layer, settings.format
+        about = json.dumps([*self._what, *subject.digest, format.to_dict(), ratio])
+        key = hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
+        kept = self.cache.get(key)
+        if kept is not None and math.isclose(kept["signal"], self.dense.signal, rel_tol=1e-3):
+            return Row.from_dict(kept["row"])
+        found = subject.truncated(settings)
+        if isinstance(found, str):
+            return Unmeasured(layer.name, format, ratio, found)
+        ranks, fit = found
+        with _replaced(self.model, layer, subject.built(format, fit)):
+            change = self.dense.change(self.model)
+        if change is None:
+            return Unmeasured(layer.name, format, ratio, "the network's output held NaN or infinity")
+        gained = None
+        if change.accuracy is not None and self.dense.accuracy is not None:
+            gained = change.accuracy - self.dense.accuracy
+        made = Row(layer.name, format, ratio, ranks, fit.loss, change.error, change.kl, gained)
+        self.cache.add(key, {"signal": self.dense.signal, "row": made.to_dict()})
+        return made
+
+
+@contextmanager
+def _replaced(model: nn.Module, layer: Layer, new: nn.Module) -> Iterator[None]:
+    """Put ``new`` in the place of ``layer`` for the length of the block."""
+    replace_all_(model, dict.fromkeys(layer.names, new))
+    try:
+        yield
+    finally:
+        replace_all_(model, dict.fromkeys(layer.names, layer.module))
+
+
+def _digest_of_model(model: nn.Module) -> str:
+    """Return a fingerprint of the model's class, its structure, its parameters and its buffers."""
+    structure = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(model).__module__} {model!r}")
+    found = hashlib.blake2b(structure.encode(), digest_size=16)
+    for name, value in model.state_dict(keep_vars=True).items():
+        about = (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+        found.update(f"{name} {about}".encode())
+        if isinstance(value, Tensor):
+            found.update(bytes_of(value))
+    return found.hexdigest()
