@@ -194,7 +194,8 @@ class Sensitivity:
         found = self.rank_correlation()
         if found is None:
             return ""
-        return f"Spearman correlation of predicted and measured errors, one format left out at a time: {found:.3f}"
+        words = "Spearman correlation of predicted and measured errors, one format left out at a time"
+        return f"{words}: {found:.3f}"
 
     def __str__(self) -> str:
         return render(self)

@@ -20,6 +20,7 @@ from tncompress.discovery import Layer, find_layers, refuse_wrapped
 from tncompress.formats import SVD, Fit, Format, make_format
 from tncompress.layers import TNConv
 from tncompress.measure import device_of, macs
+from tncompress.metric import Metric
 from tncompress.outputs import DenseOutputs, Images, bytes_of
 from tncompress.planner import describe, digest_of, kept_dense, memory_for
 from tncompress.ranks import NoRanks, choose
@@ -45,7 +46,7 @@ def sensitivity(
     batches: Iterable[Any],
     *,
     formats: Sequence[Any] = ("svd", "tucker", "mps", "cp"),
-    ratios: Sequence[float] = (0.5, 0.25, 0.125),
+    ratios: Sequence[int | float] = (0.5, 0.25, 0.125),
     calibration: Any = None,
     keep_dense: Sequence[str] = KEEP_DENSE,
     include: Collection[str] = (),
@@ -69,9 +70,11 @@ def sensitivity(
     asked = Spec.parse({"keep_dense": tuple(keep_dense), "include": tuple(include)})
     settings = _settings(formats, ratios)
     refuse_wrapped(model)
+    _refuse_meta(model)
     target = copy_model(model)
+    if calibration is not None:
+        _check(calibration, target, asked)
     layers, unmeasured = _layers(target, asked)
-    _refuse_meta(target)
     dense = DenseOutputs(target, Images.gather(batches, device_of(target), images))
     run = _Run(target, dense, RowCache(cache))
     rows: list[Row] = []
@@ -97,7 +100,7 @@ def quick_sensitivity(
     batches: Iterable[Any],
     *,
     calibration: Any = None,
-    ratios: Sequence[float] = (0.4, 0.1),
+    ratios: Sequence[int | float] = (0.4, 0.1),
     images: int | None = None,
     **options: Any,
 ) -> Sensitivity:
@@ -121,7 +124,7 @@ def quick_sensitivity(
     return sensitivity(model, pairs, formats=(SVD(),), ratios=ratios, calibration=calibration, **options)
 
 
-def _settings(formats: Sequence[Any], ratios: Sequence[float]) -> list[tuple[Settings, float]]:
+def _settings(formats: Sequence[Any], ratios: Sequence[int | float]) -> list[tuple[Settings, float]]:
     """Return what is measured of each layer, format by format."""
     formats = [formats] if isinstance(formats, str | Mapping | Format) else formats
     made = list(dict.fromkeys(make_format(format) for format in formats))
@@ -140,6 +143,13 @@ def _layers(model: nn.Module, asked: Spec) -> tuple[list[Layer], list[Unmeasured
     return [layer for layer in layers if not reasons[layer.name]], left
 
 
+def _check(calibration: Any, model: nn.Module, asked: Spec) -> None:
+    """Raise where this is no calibration, or one of another model."""
+    if not hasattr(calibration, "metric"):
+        raise TypeError(f"a calibration is what tnc.calibrate returns, got {type(calibration).__name__}")
+    calibration.check(find_layers(model, asked.include))
+
+
 def _refuse_meta(model: nn.Module) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device, where it puts nothing out: load its weights")
@@ -147,22 +157,22 @@ def _refuse_meta(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Subject:
-    """A layer, its weight, and what the calibration knows of its patches: their metric and their mean."""
+    """A layer, its weight, and the metric of its patches, if there is a calibration that reached it."""
 
     layer: Layer
     weight: Tensor
-    metric: Any = None
-    mean: Tensor | None = None
+    calibration: Any
+    metric: Metric | None
 
     @classmethod
     def of(cls, layer: Layer, calibration: Any) -> _Subject:
-        """Return the layer with its moments, if there is a calibration whose images reached it."""
+        """Return the layer with its metric; NaN or infinity in its weight is a ``ValueError``."""
         weight = layer.weight()
         if not bool(torch.isfinite(weight).all()):
             where = describe(layer.name, weight)
             raise ValueError(f"{where} holds NaN or infinity: mend the weights, or keep the layer dense")
         metric = calibration.metric(layer.name) if calibration is not None else None
-        return cls(layer, weight, metric, calibration.layers[layer.name].mean if metric is not None else None)
+        return cls(layer, weight, calibration, metric)
 
     @property
     def kernels(self) -> Tensor:
@@ -170,23 +180,26 @@ class _Subject:
         return self.layer.geometry.kernels(self.weight)
 
     @cached_property
-    def digest(self) -> list[str]:
-        """Fingerprints of the weight and of the moments."""
-        held = [self.mean, *(getattr(self.metric, name, None) for name in ("whole", "channels", "window"))]
-        known = [digest_of(matrix) if matrix is not None else "" for matrix in held]
+    def about(self) -> list[Any]:
+        """The name of the layer, and fingerprints of its weight and its moments."""
+        known = []
+        if self.metric is not None:
+            mean = self.calibration.layers[self.layer.name].mean
+            held = (mean, self.metric.whole, self.metric.channels, self.metric.window)
+            kept = self.calibration.shift(self.layer.name, self.kernels) is not None
+            known = [kept, *(digest_of(matrix) if matrix is not None else "" for matrix in held)]
         return [self.layer.name, digest_of(self.weight), *known]
 
     def truncated(self, settings: Settings) -> tuple[tuple[int, ...], Fit] | str:
         """Return the ranks and the fit that a plan would choose, or the reason why there are none."""
         where = describe(self.layer.name, self.weight)
-        known = {"metric": self.metric} if self.metric is not None else {}
         try:
             settings.format.max_ranks(self.layer.geometry.kernel_shape)
         except ValueError as error:
             return str(error)
         try:
             with memory_for(where):
-                ranks, fit = choose(self.kernels, settings, limit=self.layer.params - 1, **known)
+                ranks, fit = choose(self.kernels, settings, limit=self.layer.params - 1, metric=self.metric)
         except NoRanks as reason:
             return str(reason)
         except ValueError as error:
@@ -195,15 +208,19 @@ class _Subject:
         return ranks, fit
 
     def built(self, format: Format, fit: Fit) -> TNConv:
-        """Return the truncated layer, its bias corrected for the mean input where that is known."""
+        """Return the truncated layer; its bias keeps the mean output where the calibration says that it can.
+
+        That is the same as moving the mean of a BatchNorm behind it.
+        """
         layer = self.layer
         bias = layer.module.bias.detach().clone() if layer.module.bias is not None else None
         new = TNConv(format, layer.geometry, fit.factors, bias, rel_error=fit.rel_error)
-        if self.mean is not None:
+        if self.metric is not None:
             lost = self.kernels.double() - layer.geometry.kernels(new.weight.detach()).double()
-            mean = self.mean.to(lost)
-            shift = (lost * mean[:, None]).flatten(2).sum(2).flatten().to(self.weight)
-            new.bias = nn.Parameter(shift if bias is None else bias + shift)
+            shift = self.calibration.shift(layer.name, lost)
+            if shift is not None:
+                shift = shift.to(self.weight)
+                new.bias = nn.Parameter(shift if bias is None else bias + shift)
         return adopt(new, layer.module)
 
 
@@ -221,7 +238,7 @@ class _Run:
     def row(self, subject: _Subject, settings: Settings, ratio: float) -> Row | Unmeasured:
         """Return the row of one truncation, from the cache if it is there, or why there is none."""
         layer, format = subject.layer, settings.format
-        about = json.dumps([*self._what, *subject.digest, format.to_dict(), ratio])
+        about = json.dumps([*self._what, *subject.about, format.to_dict(), ratio])
         key = hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
         kept = self.cache.get(key)
         if kept is not None and math.isclose(kept["signal"], self.dense.signal, rel_tol=1e-3):
