@@ -5,7 +5,6 @@ import json
 import math
 import sys
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from typer.testing import CliRunner
 
 import tncompress as tnc
 from tncompress.cli import app
-from tncompress.metric import Metric
 from tncompress.outputs import DenseOutputs, Images
 from tncompress.responses import Row, Sensitivity, fit_curve
 from tncompress.sensitivity import quick_sensitivity
@@ -158,72 +156,37 @@ def test_outputs_may_be_many_and_of_any_shape(model, batches):
     assert found.accuracy is None
 
 
-class Calibrated:
-    """Moments of the layers' input patches by unfolding whole inputs; one layer was never reached."""
-
-    def __init__(self, model, inputs):
-        self.layers, self.covariance = {}, {}
-        for name in LAYERS:
-            if name == "right":
-                continue
-            layer, seen = model.get_submodule(name), []
-            handle = layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach()))
-            for x in inputs:
-                model.eval()(x)
-            handle.remove()
-            patches = torch.cat(
-                [
-                    F.unfold(x, layer.kernel_size, padding=layer.padding, stride=layer.stride).mT.flatten(
-                        0, 1
-                    )
-                    for x in seen
-                ]
-            )
-            mean = patches.mean(0)
-            self.layers[name] = SimpleNamespace(mean=mean.reshape(1, *layer.weight.shape[1:]))
-            self.covariance[name] = ((patches - mean).mT @ (patches - mean) / len(patches))[None]
-
-    def metric(self, name):
-        found = self.layers.get(name)
-        return None if found is None else Metric(tuple(found.mean.shape[1:]), self.covariance[name])
-
-    def shift(self, name, error):
-        return (error.flatten(2) @ self.layers[name].mean.flatten(1)[..., None]).flatten()
-
-    def check(self, layers):
-        assert [layer.name for layer in layers] == ["stem", *LAYERS, "head"]
-
-
-def test_calibrated_rows_have_losses_of_outputs_and_keep_the_mean(batches):
-    """The classifier's input is linear in the only layer: its loss then is the change of the output."""
-    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 6, 1, bias=False), nn.Flatten(2)).double()
-    LAYERS[:], before = ["1"], list(LAYERS)
-    try:
-        moments = Calibrated(model, [x for x, _ in batches])
-        moments.check = lambda layers: None
-        (row,) = measured(model, batches, calibration=moments, keep_dense=("stem",), ratios=(0.7,)).rows
-    finally:
-        LAYERS[:] = before
-    x = torch.cat([x for x, _ in batches])
-    model.requires_grad_(False)
-    with torch.no_grad():
-        inputs = model[0](x).movedim(1, -1).flatten(0, -2)
-        wanted = inputs @ model[1].weight[:, :, 0, 0].mT
-    values = torch.linalg.eigvalsh((wanted - wanted.mean(0)).mT @ (wanted - wanted.mean(0)))
-    lost = float(values[: -row.ranks[0]].sum())
-    assert_close(row.local_loss**2, lost / float(values.sum()), rtol=1e-3, atol=0)
-    signal = model(x) - model(x).mean(0)
-    assert_close(row.error, lost / float(signal.square().sum()), rtol=1e-3, atol=0)
-
-
 @every_name
-def test_a_layer_that_no_calibration_reached_is_truncated_plainly(model, batches, name, quick_cp):
-    moments = Calibrated(model, [x for x, _ in batches])
-    plain = measured(model, batches, formats=(name,))
-    aware = measured(model, batches, formats=(name,), calibration=moments)
-    assert (plain.calibrated, aware.calibrated) == (False, True)
-    for row, same in zip(plain.rows, aware.rows, strict=True):
-        assert (row == same) is (row.layer == "right")
+def test_calibrated_rows_are_what_calibrated_compression_does(model, batches, name, quick_cp):
+    """Means are kept by biases and BatchNorms; a layer that no input reaches is truncated plainly."""
+    model.__class__ = Many if name == "svd" else Branching
+    moments = tnc.calibrate(model, batches)
+    found = measured(model, batches, formats=(name,), calibration=moments)
+    assert found.calibrated
+    assert found == measured(model, batches, formats=(name,), calibration=batches)
+    x = torch.cat([x for x, _ in batches])
+    dense = DenseOutputs(model, Images((x,), None))
+    for row in found.rows:
+        others = [layer for layer in ("stem", "head", *LAYERS) if layer != row.layer]
+        spec = {"default": {"format": name, "rank": {"params_ratio": 0.5}}, "keep_dense": others}
+        small = tnc.compress(model, spec, calibration=moments)
+        (planned,) = small.tncompress_plan.compressed
+        reached = row.layer in moments.layers
+        assert_close(row.local_loss, planned.output_error if reached else planned.rel_error)
+        assert_close(row.error, dense.change(small).error)
+    assert (len(moments.layers) < len(LAYERS)) is (name == "svd")
+
+
+def test_the_loss_of_a_last_layer_is_the_change_of_the_output(batches):
+    """Both are then the squared error of the same outputs, about their mean over pixels or over images."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(98, 12), nn.ReLU(), nn.Linear(12, 7, bias=False)).double()
+    model[3].bias = nn.Parameter(torch.zeros(7).double())
+    found = measured(model, batches, calibration=batches, keep_dense=(), ratios=(0.7, 0.5, 0.3))
+    last = [row for row in found.rows if row.layer == "3"]
+    assert len(last) == 3
+    for row in last:
+        assert_close(row.error, row.local_loss**2)
+        assert_close(found.predict("3", row.local_loss), row.error)
 
 
 # --- the model is left alone --------------------------------------------------------------------------------
@@ -312,7 +275,7 @@ def changed(what, model, batches):
     elif what == "a label":
         batches[0][1][0] += 1
     elif what == "a calibration":
-        options = {"calibration": Calibrated(model, [x for x, _ in batches])}
+        options = {"calibration": tnc.calibrate(model, batches)}
     elif what == "the dtype":
         model.float()
         batches = [(x.float(), y) for x, y in batches]
@@ -339,7 +302,7 @@ def test_rows_of_something_else_are_never_taken(model, batches, monkeypatch, tmp
     fresh, batches, options = changed(what, model, batches)
     done = stop_after(monkeypatch, 100)
     assert measured(model, batches, formats=("svd", "tucker"), cache=cache, **options) == fresh
-    assert len(done) >= (6 if what == "a calibration" else 8)  # one layer is not calibrated
+    assert len(done) == 8
 
 
 @pytest.mark.parametrize("text", ["no cache\n", "no cache", '{"key": 1}\n', '[1]\n{"key": "a', '{"kay": "a'])
@@ -509,8 +472,9 @@ def test_labels_for_some_batches_only_are_one_line(model, batches):
 def test_a_kernel_with_nan_and_models_without_weights_are_one_line(model, batches):
     with pytest.raises(ValueError, match=r"on the meta device.*: load its weights"):
         measured(Branching().to("meta"), batches)
-    with pytest.raises(TypeError, match=r"a calibration is what tnc.calibrate returns, got list"):
-        measured(model, batches, calibration=[batches])
+    other = tnc.calibrate(Branching().double(), batches)
+    with pytest.raises(ValueError, match="the moments are of other weights of layer 'stem'"):
+        measured(model, batches, calibration=other)
     model.__class__ = Many
     model.right.weight.data[0] = math.nan
     with pytest.raises(ValueError, match=r"layer 'right' with kernel \(12, 4, 3, 3\) holds NaN or infinity"):

@@ -8,6 +8,7 @@
 True
 """
 
+from tncompress.calibrate import Calibration, calibrate
 from tncompress.cuts import Cut
 from tncompress.export import export_onnx, load, save
 from tncompress.finetune import FinetuneConfig, History, finetune, train_
@@ -43,6 +44,7 @@ __all__ = [
     "EVBMF",
     "MPS",
     "SVD",
+    "Calibration",
     "ConvGeometry",
     "Cut",
     "Energy",
@@ -64,6 +66,7 @@ __all__ = [
     "TNConv",
     "Tucker",
     "build_model",
+    "calibrate",
     "compress",
     "evaluate",
     "export_onnx",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +73,12 @@ def _weight_of(module: Any) -> Tensor:
                 return hook.compute_weight(module, do_power_iteration=False).detach()
         weight = module.weight() if _is_quantized(module) else module.weight
         return weight.detach()
+
+
+def digest_of(kernel: Tensor) -> str:
+    """Return a fingerprint of the values, by which plans and moments know the weights they are of."""
+    raw = kernel.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(raw.tobytes(), digest_size=16).hexdigest()
 
 
 def find_layers(model: nn.Module, include: Collection[str] = ()) -> list[Layer]:

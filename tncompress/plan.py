@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
 
 from tncompress.formats import Fit
 from tncompress.geometry import ConvGeometry
@@ -33,8 +34,8 @@ class LayerPlan:
     """What becomes of one layer. MACs are those of one forward pass on the example inputs, if any.
 
     ``rel_error`` and ``digest`` (of the weights that the plan was made for) are None where a plan was made
-    without weights. ``params_dense`` is what the layer holds before: of one that was compressed already, its
-    factors.
+    without weights, ``output_error``, that of the layer's output, where it was made without calibration.
+    ``params_dense`` is what the layer holds before: of one that was compressed already, its factors.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FROM_FILE
@@ -50,6 +51,7 @@ class LayerPlan:
     macs: int | None
     macs_dense: int | None
     digest: str | None
+    output_error: float | None = None
 
     @property
     def name(self) -> str:
@@ -104,13 +106,17 @@ class Skip:
 class Plan:
     """The decisions for every convolution and linear layer of a model, in its order.
 
-    ``print(plan)`` shows a table. ``params_model`` counts all parameters of the dense model.
+    ``print(plan)`` shows a table. ``params_model`` counts all parameters of the dense model, ``notes`` say
+    what else is to be known. ``shifts`` keep the mean output of a layer after its fit: each is added to its
+    bias, or taken from the running mean of the BatchNorm named with it.
     """
 
     layers: tuple[LayerPlan | Skip, ...]
     spec: Spec
     params_model: int
     fits: dict[str, Fit] = field(default_factory=dict, compare=False, repr=False)
+    shifts: dict[str, tuple[str | None, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def compressed(self) -> tuple[LayerPlan, ...]:
@@ -148,6 +154,7 @@ class Plan:
             "compressed": [layer.to_dict() for layer in self.compressed],
             "skipped": [layer.to_dict() for layer in self.skipped],
             "order": [layer.name for layer in self.layers],
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -165,7 +172,7 @@ class Plan:
         if sorted(described.order) != sorted(entry.name for entry in entries) or len(found) < len(entries):
             raise ValueError("this is no plan: its order does not name each of its layers once")
         layers = tuple(found[name] for name in described.order)
-        return cls(layers, Spec.parse(described.spec), described.params_model)
+        return cls(layers, Spec.parse(described.spec), described.params_model, notes=described.notes)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -191,21 +198,29 @@ class Plan:
 
     def __rich__(self) -> Table:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(
-            title=f"{len(self.compressed)} of {len(self.layers)} layers compressed", title_justify="left"
+            title=f"{len(self.compressed)} of {len(self.layers)} layers compressed",
+            title_justify="left",
+            caption=Text("\n".join(self.notes)) if self.notes else None,
+            caption_justify="left",
         )
         for column in ("layer", "kernel", "format", "ranks"):
             table.add_column(column, overflow="fold")
-        for column in ("rel. error", "params", "", "MACs", ""):
+        outputs = any(layer.output_error is not None for layer in self.compressed)
+        errors = ("rel. error", "output error") if outputs else ("rel. error",)
+        for column in (*errors, "params", "", "MACs", ""):
             table.add_column(column, justify="right")
         for layer in self.layers:
-            table.add_row(*_row(layer))
+            table.add_row(*_row(layer, outputs=outputs))
         table.add_section()
         macs, macs_dense = self.macs, self.macs_dense
         cost = (count(macs_dense) + " → " + count(macs), ratio(macs_dense, macs)) if macs_dense else ("", "")
         size = f"{count(self.params_model)} → {count(self.params)}"
-        table.add_row("model", "", "", "", "", size, ratio(self.params_model, self.params), *cost)
+        table.add_row(
+            "model", "", "", "", *("" for _ in errors), size, ratio(self.params_model, self.params), *cost
+        )
         return table
 
 
@@ -220,9 +235,10 @@ class _PlanFile(BaseModel):
     compressed: tuple[LayerPlan, ...]
     skipped: tuple[Skip, ...]
     order: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
-def _row(layer: LayerPlan | Skip) -> tuple[str | Text, ...]:
+def _row(layer: LayerPlan | Skip, *, outputs: bool) -> tuple[str | Text, ...]:
     """Return the cells of a layer; what comes from the model is never read as markup."""
     from rich.text import Text
 
@@ -230,15 +246,17 @@ def _row(layer: LayerPlan | Skip) -> tuple[str | Text, ...]:
     dense_cost = count(layer.macs_dense) if layer.macs_dense is not None else ""
     if isinstance(layer, Skip):
         reason = Text(layer.reason, style="italic")
-        return *head, "dense", reason, "", count(layer.params_dense), "", dense_cost, ""
+        return *head, "dense", reason, *([""] * (1 + outputs)), count(layer.params_dense), "", dense_cost, ""
     size = f"{count(layer.params_dense)} → {count(layer.params)}"
     cost = ("", "")
     if layer.macs is not None:
         cost = f"{dense_cost} → {count(layer.macs)}", ratio(layer.macs_dense, layer.macs)
     ranks = " ".join(map(str, layer.ranks))
-    error = f"{layer.rel_error:.4f}" if layer.rel_error is not None else "no weights"
+    errors = [f"{layer.rel_error:.4f}" if layer.rel_error is not None else "no weights"]
+    if outputs:
+        errors.append(f"{layer.output_error:.4f}" if layer.output_error is not None else "-")
     fewer = ratio(layer.params_dense, layer.params)
-    return *head, Text(str(layer.format)), ranks, error, size, fewer, *cost
+    return *head, Text(str(layer.format)), ranks, *errors, size, fewer, *cost
 
 
 def _total(values: Iterable[int | None]) -> int | None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tncompress.calibrate import Calibration, as_calibration
 from tncompress.contraction import chain_macs, dense_macs, macs_ratio
-from tncompress.discovery import Layer, find_layers, refuse_wrapped
+from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
 from tncompress.formats import Fit, Stage
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
+from tncompress.metric import Metric
 from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.ranks import NoRanks, choose
 from tncompress.running import input_shapes
-from tncompress.spec import KEEP_DENSE, Rule, Settings, Spec, matches_any
+from tncompress.spec import KEEP_DENSE, FixedRank, Rule, Settings, Spec, matches_any
 from tncompress.tables import watched
 
 Calls = Sequence[tuple[int, ...]]
@@ -30,21 +32,24 @@ def make_plan(
     model: nn.Module,
     spec: Spec | Mapping[str, Any] | str | Path,
     *,
+    calibration: Calibration | Iterable[Any] | None = None,
     example_inputs: Any = None,
     progress: bool = False,
 ) -> Plan:
     """Return what ``compress(model, spec)`` would do to each layer, without doing it.
 
-    ``example_inputs`` (a tensor, a tuple of arguments or a mapping of keyword arguments) is run once to
-    count MACs; a layer that would take more of them than the dense one on these inputs then stays dense, too.
-    A pattern that matches no layer, ranks that a kernel can't have, and NaN or infinity in a kernel are a
-    ``ValueError`` that names the layer; so is a model inside of a wrapper (``torch.compile``, DDP). A model
-    on the meta device can be planned with the policies ``fixed`` and ``params_ratio``: ranks are then those
-    of flat spectra, and errors unknown.
+    With ``calibration`` (a :class:`Calibration`, or batches of inputs to make one of) kernels are fitted, and
+    ranks chosen, so that the layers' outputs change least on these data. ``example_inputs`` (a tensor, a
+    tuple of arguments or a mapping of keyword arguments) is run once to count MACs; a layer that would take
+    more of them than the dense one on these inputs then stays dense, too. A pattern that matches no layer,
+    ranks that a kernel can't have, and NaN or infinity in a kernel are a ``ValueError`` that names the layer;
+    so is a model inside of a wrapper (``torch.compile``, DDP). A model on the meta device can be planned with
+    the policies ``fixed`` and ``params_ratio``: ranks are then those of flat spectra, and errors unknown.
     """
     spec = Spec.parse(spec)
     refuse_wrapped(model)
     layers = find_layers(model, spec.include)
+    moments = as_calibration(calibration, model, include=spec.include, progress=progress)
     kept = kept_dense(spec, layers)
     modules = {layer.name: layer.module for layer in layers}
     calls = input_shapes(model, modules, example_inputs) if example_inputs is not None else {}
@@ -56,7 +61,8 @@ def make_plan(
         if reason is None and isinstance(rule, Rule) and rule.keep_dense:
             reason = f"kept dense by the rule '{rule.pattern}'"
         if reason is None:
-            made = _plan_layer(layer, rule, spec, calls.get(layer.name))
+            metric = moments.metric(layer.name) if moments is not None else None
+            made = _plan_layer(layer, rule, spec, calls.get(layer.name), metric)
             if isinstance(made, tuple):
                 planned, fit = made
                 decided.append(planned)
@@ -65,17 +71,46 @@ def make_plan(
                 continue
             reason = made
         decided.append(_skip(layer, reason, calls.get(layer.name)))
-    return Plan(tuple(decided), spec, sum(p.numel() for p in model.parameters()), fits)
+    plan = Plan(tuple(decided), spec, sum(p.numel() for p in model.parameters()), fits)
+    return _with_shifts(plan, layers, moments) if moments is not None else plan
 
 
-def digest_of(kernel: Tensor) -> str:
-    """Return a fingerprint of the kernel's values, by which a plan knows the weights it was made for."""
-    raw = kernel.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(raw.tobytes(), digest_size=16).hexdigest()
+def with_fits(plan: Plan, layers: Sequence[Layer], calibration: Calibration) -> Plan:
+    """Return a plan that was made with calibration and read from a file with its fits made again."""
+    found, fits = {layer.name: layer for layer in layers}, dict(plan.fits)
+    for planned in plan.compressed:
+        layer, metric = found.get(planned.name), calibration.metric(planned.name)
+        if planned.name in fits or planned.output_error is None or layer is None or metric is None:
+            continue
+        weight = layer.weight()
+        if layer.geometry == planned.geometry and digest_of(weight) == planned.digest:
+            settings = Settings(format=planned.format, rank=FixedRank(planned.ranks))
+            with memory_for(describe(layer.name, weight)):
+                kernels = layer.geometry.kernels(weight)
+                fit = choose(kernels, settings, limit=math.inf, metric=metric)[1]
+            if fit is not None:
+                fits[planned.name] = fit
+    return _with_shifts(replace(plan, fits=fits), layers, calibration)
+
+
+def _with_shifts(plan: Plan, layers: Sequence[Layer], calibration: Calibration) -> Plan:
+    """Return ``plan`` with what keeps the mean output of its fits, and with the calibration's notes."""
+    found, shifts = {layer.name: layer for layer in layers}, {}
+    for planned in plan.compressed:
+        fit = plan.fits.get(planned.name)
+        if fit is not None and planned.output_error is not None:
+            shape, layer = planned.geometry.kernel_shape, found[planned.name]
+            rebuilt = planned.format.to_dense([factor.double() for factor in fit.factors], shape)
+            error = layer.geometry.kernels(layer.weight().double()) - rebuilt.reshape(-1, *shape)
+            shift = calibration.shift(planned.name, error)
+            if shift is not None:
+                shifts[planned.name] = shift
+    notes = calibration.notes(planned.name for planned in plan.compressed)
+    return replace(plan, shifts=shifts, notes=tuple(dict.fromkeys((*plan.notes, *notes))))
 
 
 def _plan_layer(
-    layer: Layer, settings: Settings, spec: Spec, calls: Calls | None
+    layer: Layer, settings: Settings, spec: Spec, calls: Calls | None, metric: Metric | None
 ) -> tuple[LayerPlan, Fit | None] | str:
     """Return the plan of one layer with its fit, or the reason why it stays dense."""
     weight, geometry, format = layer.weight(), layer.geometry, settings.format
@@ -89,7 +124,7 @@ def _plan_layer(
     limit = math.inf if spec.allow_larger else layer.params - 1
     try:
         with memory_for(where):
-            ranks, fit = choose(geometry.kernels(weight), settings, limit=limit)
+            ranks, fit = choose(geometry.kernels(weight), settings, limit=limit, metric=metric)
     except NoRanks as reason:
         return str(reason)
     except ValueError as error:
@@ -117,6 +152,7 @@ def _plan_layer(
         macs=macs,
         macs_dense=macs_dense,
         digest=digest_of(weight) if fit is not None else None,
+        output_error=fit.output_error if fit is not None else None,
     )
     return planned, fit
 

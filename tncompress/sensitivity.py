@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tncompress.discovery import Layer, find_layers, refuse_wrapped
+from tncompress.calibrate import Calibration, as_calibration
+from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
 from tncompress.formats import SVD, Fit, Format, make_format
 from tncompress.layers import TNConv
 from tncompress.measure import device_of, macs
 from tncompress.metric import Metric
 from tncompress.outputs import DenseOutputs, Images, bytes_of
-from tncompress.planner import describe, digest_of, kept_dense, memory_for
+from tncompress.planner import describe, kept_dense, memory_for
 from tncompress.ranks import NoRanks, choose
 from tncompress.responses import Row, Sensitivity, Unmeasured
 from tncompress.rowcache import RowCache
@@ -47,7 +48,7 @@ def sensitivity(
     *,
     formats: Sequence[Any] = ("svd", "tucker", "mps", "cp"),
     ratios: Sequence[int | float] = (0.5, 0.25, 0.125),
-    calibration: Any = None,
+    calibration: Calibration | Iterable[Any] | None = None,
     keep_dense: Sequence[str] = KEEP_DENSE,
     include: Collection[str] = (),
     cache: str | Path | None = None,
@@ -62,8 +63,9 @@ def sensitivity(
     divergence of softmax(y') from softmax(y), and the change of accuracy where batches carry labels.
 
     ``formats`` are names, formats, or mappings with options; ``ratios`` are parameters, truncated / dense;
-    ``keep_dense`` and ``include`` are those of a :class:`Spec`. With a ``calibration`` layers are truncated
-    as the data ask, their mean outputs are corrected, and losses are those of outputs. ``cache`` is a file
+    ``keep_dense`` and ``include`` are those of a :class:`Spec`. With ``calibration`` (a
+    :class:`Calibration`, or batches to make one of) layers are truncated as ``compress`` does it then, and
+    losses are those of their outputs. ``cache`` is a file
     that keeps each row as soon as it is measured: a run that was killed goes on there, and rows of another
     model, other images or another calibration are not taken. The model is not touched.
     """
@@ -72,15 +74,14 @@ def sensitivity(
     refuse_wrapped(model)
     _refuse_meta(model)
     target = copy_model(model)
-    if calibration is not None:
-        _check(calibration, target, asked)
+    moments = as_calibration(calibration, target, include=asked.include, progress=progress)
     layers, unmeasured = _layers(target, asked)
     dense = DenseOutputs(target, Images.gather(batches, device_of(target), images))
     run = _Run(target, dense, RowCache(cache))
     rows: list[Row] = []
     with progress_bar(len(layers) * len(settings), show=progress) as advance:
         for layer in layers:
-            subject = _Subject.of(layer, calibration)
+            subject = _Subject.of(layer, moments)
             for setting, ratio in settings:
                 found = run.row(subject, setting, ratio)
                 (rows if isinstance(found, Row) else unmeasured).append(found)  # type: ignore[arg-type]
@@ -89,7 +90,7 @@ def sensitivity(
         tuple(rows),
         len(dense.images),
         dense.accuracy,
-        calibration is not None,
+        moments is not None,
         tuple(unmeasured),
         {layer.name: digest_of(layer.weight()) for layer in layers},
     )
@@ -99,7 +100,7 @@ def quick_sensitivity(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    calibration: Any = None,
+    calibration: Calibration | Iterable[Any] | None = None,
     ratios: Sequence[int | float] = (0.4, 0.1),
     images: int | None = None,
     **options: Any,
@@ -143,13 +144,6 @@ def _layers(model: nn.Module, asked: Spec) -> tuple[list[Layer], list[Unmeasured
     return [layer for layer in layers if not reasons[layer.name]], left
 
 
-def _check(calibration: Any, model: nn.Module, asked: Spec) -> None:
-    """Raise where this is no calibration, or one of another model."""
-    if not hasattr(calibration, "metric"):
-        raise TypeError(f"a calibration is what tnc.calibrate returns, got {type(calibration).__name__}")
-    calibration.check(find_layers(model, asked.include))
-
-
 def _refuse_meta(model: nn.Module) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device, where it puts nothing out: load its weights")
@@ -161,11 +155,11 @@ class _Subject:
 
     layer: Layer
     weight: Tensor
-    calibration: Any
+    calibration: Calibration | None
     metric: Metric | None
 
     @classmethod
-    def of(cls, layer: Layer, calibration: Any) -> _Subject:
+    def of(cls, layer: Layer, calibration: Calibration | None) -> _Subject:
         """Return the layer with its metric; NaN or infinity in its weight is a ``ValueError``."""
         weight = layer.weight()
         if not bool(torch.isfinite(weight).all()):
@@ -183,10 +177,10 @@ class _Subject:
     def about(self) -> list[Any]:
         """The name of the layer, and fingerprints of its weight and its moments."""
         known = []
-        if self.metric is not None:
+        if self.calibration is not None and self.metric is not None:
             mean = self.calibration.layers[self.layer.name].mean
             held = (mean, self.metric.whole, self.metric.channels, self.metric.window)
-            kept = self.calibration.shift(self.layer.name, self.kernels) is not None
+            kept = self.calibration.keeps_mean(self.layer.name)
             known = [kept, *(digest_of(matrix) if matrix is not None else "" for matrix in held)]
         return [self.layer.name, digest_of(self.weight), *known]
 
@@ -215,11 +209,11 @@ class _Subject:
         layer = self.layer
         bias = layer.module.bias.detach().clone() if layer.module.bias is not None else None
         new = TNConv(format, layer.geometry, fit.factors, bias, rel_error=fit.rel_error)
-        if self.metric is not None:
+        if self.calibration is not None:
             lost = self.kernels.double() - layer.geometry.kernels(new.weight.detach()).double()
-            shift = self.calibration.shift(layer.name, lost)
-            if shift is not None:
-                shift = shift.to(self.weight)
+            kept = self.calibration.shift(layer.name, lost)
+            if kept is not None:
+                shift = kept[1].to(self.weight)
                 new.bias = nn.Parameter(shift if bias is None else bias + shift)
         return adopt(new, layer.module)
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tncompress.discovery import NORM_HOOKS, Layer, find_layers, refuse_wrapped
+from tncompress.calibrate import Calibration, as_calibration
+from tncompress.discovery import NORM_HOOKS, Layer, digest_of, find_layers, refuse_wrapped
 from tncompress.layers import TNConv
 from tncompress.plan import LayerPlan, Plan
-from tncompress.planner import describe, digest_of, make_plan, memory_for
+from tncompress.planner import describe, make_plan, memory_for, with_fits
 from tncompress.running import copy_model
 from tncompress.spec import Spec
 from tncompress.tables import watched
@@ -38,6 +39,7 @@ def compress(
     model: M,
     spec: Spec | Plan | Mapping[str, Any] | str | Path,
     *,
+    calibration: Calibration | Iterable[Any] | None = None,
     example_inputs: Any = None,
     inplace: bool = False,
     progress: bool = False,
@@ -45,9 +47,11 @@ def compress(
     """Return a copy of ``model`` whose planned layers are tensor networks.
 
     ``spec`` is a :class:`Spec`, a mapping with its keys, a path to a file, or a :class:`Plan` that was made
-    for this model. The copy is of the model's own class; its plan stays with it as ``tncompress_plan``.
-    With ``inplace`` the model itself is changed, once every layer is ready. Dtype, device, memory format,
-    training mode, ``requires_grad`` and hooks of each layer are kept.
+    for this model. With ``calibration`` (a :class:`Calibration`, or batches of inputs to make one of) it is
+    the error of the layers' outputs on these data that is kept small, and their means are kept: by their
+    biases, or by the running means of the BatchNorms behind them. The copy is of the model's own class; its
+    plan stays with it as ``tncompress_plan``. With ``inplace`` the model itself is changed, once every layer
+    is ready. Dtype, device, memory format, training mode, ``requires_grad`` and hooks of each layer are kept.
 
     >>> import tncompress as tnc
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1))
@@ -58,7 +62,12 @@ def compress(
     refuse_wrapped(model)
     plan = spec
     if not isinstance(plan, Plan):
-        plan = make_plan(model, plan, example_inputs=example_inputs, progress=progress)
+        plan = make_plan(
+            model, plan, calibration=calibration, example_inputs=example_inputs, progress=progress
+        )
+    elif any(p.output_error is not None and p.name not in plan.fits for p in plan.compressed):
+        moments = as_calibration(calibration, model, include=plan.spec.include, progress=progress)
+        plan = with_fits(plan, find_layers(model, plan.spec.include), moments) if moments else plan
     target = model if inplace else copy_model(model)
     found = {layer.name: layer for layer in find_layers(target, plan.spec.include)}
     made: dict[str, tuple[LayerPlan, TNConv]] = {}
@@ -70,10 +79,29 @@ def compress(
             )
             raise ValueError(f"the plan does not fit this model at layer {planned.name!r}: {why}")
         made[planned.name] = _build(layer, planned, plan)
+    means = _shifted_means(target, plan)
     replace_all_(target, {name: new for planned, new in made.values() for name in planned.names})
+    for norm, mean in means.items():
+        norm.running_mean = mean
     layers = tuple(made[layer.name][0] if layer.name in made else layer for layer in plan.layers)
-    cast(Any, target).tncompress_plan = Plan(layers, plan.spec, plan.params_model)
+    cast(Any, target).tncompress_plan = replace(plan, layers=layers, fits={}, shifts={})
     return target
+
+
+def _shifted_means(model: nn.Module, plan: Plan) -> dict[nn.Module, Tensor]:
+    """Return the running means with which BatchNorms behind fitted layers put out the same mean as before."""
+    means = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for name, (norm_name, shift) in plan.shifts.items():
+            if norm_name is not None:
+                try:
+                    norm: Any = model.get_submodule(norm_name)
+                    mean = norm.running_mean
+                    means[norm] = mean - shift.to(mean)
+                except (AttributeError, RuntimeError, TypeError):
+                    why = f"no BatchNorm {norm_name!r} takes its output"
+                    raise ValueError(f"the plan does not fit this model at layer {name!r}: {why}") from None
+    return means
 
 
 def _build(layer: Layer, planned: LayerPlan, plan: Plan) -> tuple[LayerPlan, TNConv]:
@@ -89,15 +117,26 @@ def _build(layer: Layer, planned: LayerPlan, plan: Plan) -> tuple[LayerPlan, TNC
             f"the plan was made for other weights of {where}: make a new plan from its spec (plan.spec)"
         )
     fit = plan.fits.get(planned.name)
+    if fit is None and planned.output_error is not None:
+        raise ValueError(f"{where}: the plan was made with calibration data: give calibration= again")
     if fit is None:
         with memory_for(where):
             fit = planned.format.fit_groups(geometry.kernels(weight), planned.ranks)
+    promised, made = planned.output_error, fit.output_error
+    if promised is not None and made is not None and abs(made - promised) > 1e-3 * promised + 1e-6:
+        raise ValueError(
+            f"{where}: the plan promised an output error of {promised:.4g}, got {made:.4g}: was it made with "
+            "other calibration data?"
+        )
     promised = planned.rel_error
     if promised is not None and abs(fit.rel_error - promised) > 1e-3 * promised + 1e-6:
         raise ValueError(f"{where}: the plan promised an error of {promised:.4g}, got {fit.rel_error:.4g}")
     with torch.inference_mode(False):  # whose tensors could not be trained later
         factors = [factor.to(weight.device, copy=True) for factor in fit.factors]
         bias = layer.module.bias.detach().clone() if layer.module.bias is not None else None
+        norm, shift = plan.shifts.get(planned.name, (None, None))
+        if bias is not None and shift is not None and norm is None:
+            bias += shift.to(bias)
         new = TNConv(planned.format, geometry, factors, bias, rel_error=fit.rel_error)
     new.factors.requires_grad_(layer.requires_grad)
     if new.bias is not None:
