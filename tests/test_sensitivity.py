@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 import tncompress as tnc
 from tncompress.cli import app
+from tncompress.discovery import find_layers
 from tncompress.outputs import DenseOutputs, Images
 from tncompress.responses import Row, Sensitivity, fit_curve
 from tncompress.sensitivity import quick_sensitivity
+from tncompress.truncation import Subject, chosen, projected
 
 NAMES = ("svd", "tucker", "mps", "cp")
 every_name = pytest.mark.parametrize("name", NAMES)
@@ -513,3 +515,29 @@ def test_the_command_prints_saves_and_goes_on(tmp_path, monkeypatch):
 def test_rows_are_frozen(model, batches):
     with pytest.raises(dataclasses.FrozenInstanceError):
         measured(model, batches).rows[0].error = 0.0
+
+
+@pytest.mark.parametrize("layer", ["block", "left", "right"])
+@pytest.mark.parametrize("ratio", [0.3, 0.6])
+def test_the_closed_form_is_the_best_cut_of_its_rank(model, batches, layer, ratio):
+    """No fit of the same rank has a smaller output error, and the promised one is that of its factors."""
+    moments = tnc.calibrate(model, batches)
+    subject = Subject.of(next(found for found in find_layers(model) if found.name == layer), moments)
+    settings = tnc.Settings(format="svd", rank=tnc.ParamsRatio(ratio))
+    ranks, fit = projected(subject, settings)
+    other, best = chosen(subject, settings)
+    assert ranks == other
+    built = subject.built(settings.format, fit)
+    lost = subject.kernels - subject.layer.geometry.kernels(built.weight.detach())
+    metric = moments.metric(layer)
+    error = metric.squared_norm(lost).sum() / metric.squared_norm(subject.kernels).sum()
+    assert_close(fit.output_error, float(error.sqrt()))
+    assert_close(fit.rel_error, float(lost.norm() / subject.kernels.norm()))
+    assert fit.output_error <= best.output_error * (1 + 1e-9)
+    assert fit.output_error > 0.9 * best.output_error
+
+
+def test_the_closed_form_says_where_it_does_not_fit(model, batches):
+    found = quick_sensitivity(model, batches, calibration=batches, ratios=(0.05,))
+    assert not found.rows
+    assert "at rank 1 holds" in found.unmeasured[-1].reason

@@ -9,28 +9,24 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tncompress.calibrate import Calibration, as_calibration
 from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
-from tncompress.formats import SVD, Fit, Format, make_format
-from tncompress.layers import TNConv
+from tncompress.formats import SVD, Format, make_format
 from tncompress.measure import device_of, macs
-from tncompress.metric import Metric
 from tncompress.outputs import DenseOutputs, Images, bytes_of
-from tncompress.planner import describe, kept_dense, memory_for
-from tncompress.ranks import NoRanks, choose
+from tncompress.planner import kept_dense
 from tncompress.responses import Row, Sensitivity, Unmeasured
 from tncompress.rowcache import RowCache
 from tncompress.running import copy_model
 from tncompress.spec import KEEP_DENSE, ParamsRatio, Settings, Spec
-from tncompress.surgery import adopt, replace_all_
+from tncompress.surgery import replace_all_
 from tncompress.tables import progress_bar
+from tncompress.truncation import Subject, Truncate, chosen, projected, ratio_of
 
 QUICK_MACS = 4e12
 """What the forward passes of :func:`quick_sensitivity` may take together."""
@@ -69,30 +65,16 @@ def sensitivity(
     that keeps each row as soon as it is measured: a run that was killed goes on there, and rows of another
     model, other images or another calibration are not taken. The model is not touched.
     """
-    asked = Spec.parse({"keep_dense": tuple(keep_dense), "include": tuple(include)})
-    settings = _settings(formats, ratios)
-    refuse_wrapped(model)
-    _refuse_meta(model)
-    target = copy_model(model)
-    moments = as_calibration(calibration, target, include=asked.include, progress=progress)
-    layers, unmeasured = _layers(target, asked)
-    dense = DenseOutputs(target, Images.gather(batches, device_of(target), images))
-    run = _Run(target, dense, RowCache(cache))
-    rows: list[Row] = []
-    with progress_bar(len(layers) * len(settings), show=progress) as advance:
-        for layer in layers:
-            subject = _Subject.of(layer, moments)
-            for setting, ratio in settings:
-                found = run.row(subject, setting, ratio)
-                (rows if isinstance(found, Row) else unmeasured).append(found)  # type: ignore[arg-type]
-                advance(f"{layer.name} {setting.format} {ratio:g}")
-    return Sensitivity(
-        tuple(rows),
-        len(dense.images),
-        dense.accuracy,
-        moments is not None,
-        tuple(unmeasured),
-        {layer.name: digest_of(layer.weight()) for layer in layers},
+    return _measured(
+        model,
+        Images.gather(batches, device_of(model), images),
+        _settings(formats, ratios),
+        chosen,
+        calibration=calibration,
+        keep_dense=keep_dense,
+        include=include,
+        cache=cache,
+        progress=progress,
     )
 
 
@@ -101,38 +83,80 @@ def quick_sensitivity(
     batches: Iterable[Any],
     *,
     calibration: Calibration | Iterable[Any] | None = None,
-    ratios: Sequence[int | float] = (0.4, 0.1),
+    ratios: Sequence[int | float] = (0.5, 0.125),
+    keep_dense: Sequence[str] = KEEP_DENSE,
+    include: Collection[str] = (),
+    cache: str | Path | None = None,
     images: int | None = None,
-    **options: Any,
+    progress: bool = False,
 ) -> Sensitivity:
     """Return a sensitivity that is cheap enough for every budget: one format in closed form, few images.
 
-    Kernels are cut ``out|rest`` at two ``ratios``. Without ``images`` as many are taken, 256 at most and 8 at
-    least, as keep the forward passes of all layers within some minutes on two cores. ``options`` are those
-    of :func:`sensitivity`.
+    Kernels are cut ``out|rest`` at few ``ratios``: what :meth:`Sensitivity.predict` makes of that is about
+    the same for all formats. Without ``images`` as many are taken, 256 at most and 8 at least, as keep the
+    forward passes of all layers within some minutes on two cores.
     """
-    device = device_of(model)
-    held = Images.gather(batches, device, images or QUICK_IMAGES[1])
+    held = Images.gather(batches, device_of(model), images or QUICK_IMAGES[1])
     if images is None:
-        chosen = Spec.parse({key: options[key] for key in ("keep_dense", "include") if key in options})
-        layers, _ = _layers(model, chosen)
-        passes = 1 + len(layers) * len(ratios)
+        asked = Spec.parse({"keep_dense": tuple(keep_dense), "include": tuple(include)})
+        passes = 1 + len(_layers(model, asked)[0]) * len(ratios)
         least, most = QUICK_IMAGES
         affordable = int(QUICK_MACS / (passes * max(macs(model, held.inputs[0][:1]), 1)))
         held = held.first(min(most, max(least, affordable)))
-    labels = held.labels or (None,) * len(held.inputs)
-    pairs = list(zip(held.inputs, labels, strict=True))
-    return sensitivity(model, pairs, formats=(SVD(),), ratios=ratios, calibration=calibration, **options)
+    return _measured(
+        model,
+        held,
+        _settings((SVD(),), ratios),
+        projected,
+        calibration=calibration,
+        keep_dense=keep_dense,
+        include=include,
+        cache=cache,
+        progress=progress,
+    )
 
 
-def _settings(formats: Sequence[Any], ratios: Sequence[int | float]) -> list[tuple[Settings, float]]:
+def _measured(
+    model: nn.Module,
+    images: Images,
+    settings: Sequence[Settings],
+    truncate: Truncate,
+    *,
+    calibration: Calibration | Iterable[Any] | None,
+    keep_dense: Sequence[str],
+    include: Collection[str],
+    cache: str | Path | None,
+    progress: bool,
+) -> Sensitivity:
+    """Return what truncating each layer does to the output on ``images``."""
+    asked = Spec.parse({"keep_dense": tuple(keep_dense), "include": tuple(include)})
+    refuse_wrapped(model)
+    _refuse_meta(model)
+    target = copy_model(model)
+    moments = as_calibration(calibration, target, include=asked.include, progress=progress)
+    layers, unmeasured = _layers(target, asked)
+    run = _Run(target, DenseOutputs(target, images), truncate, RowCache(cache))
+    rows: list[Row] = []
+    with progress_bar(len(layers) * len(settings), show=progress) as advance:
+        for layer in layers:
+            subject = Subject.of(layer, moments)
+            for setting in settings:
+                found = run.row(subject, setting)
+                (rows if isinstance(found, Row) else unmeasured).append(found)  # type: ignore[arg-type]
+                advance(f"{layer.name} {setting.format} {ratio_of(setting):g}")
+    digests = {layer.name: digest_of(layer.weight()) for layer in layers}
+    accuracy = run.dense.accuracy
+    return Sensitivity(tuple(rows), len(images), accuracy, moments is not None, tuple(unmeasured), digests)
+
+
+def _settings(formats: Sequence[Any], ratios: Sequence[int | float]) -> list[Settings]:
     """Return what is measured of each layer, format by format."""
     formats = [formats] if isinstance(formats, str | Mapping | Format) else formats
     made = list(dict.fromkeys(make_format(format) for format in formats))
     policies = list(dict.fromkeys(ParamsRatio(ratio) for ratio in ratios))
     if not made or not policies:
         raise ValueError("wanted at least one format and one ratio to measure, got none")
-    return [(Settings(format=format, rank=policy), policy.ratio) for format in made for policy in policies]
+    return [Settings(format=format, rank=policy) for format in made for policy in policies]
 
 
 def _layers(model: nn.Module, asked: Spec) -> tuple[list[Layer], list[Unmeasured]]:
@@ -149,95 +173,27 @@ def _refuse_meta(model: nn.Module) -> None:
         raise ValueError("the model is on the meta device, where it puts nothing out: load its weights")
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """A layer, its weight, and the metric of its patches, if there is a calibration that reached it."""
-
-    layer: Layer
-    weight: Tensor
-    calibration: Calibration | None
-    metric: Metric | None
-
-    @classmethod
-    def of(cls, layer: Layer, calibration: Calibration | None) -> _Subject:
-        """Return the layer with its metric; NaN or infinity in its weight is a ``ValueError``."""
-        weight = layer.weight()
-        if not bool(torch.isfinite(weight).all()):
-            where = describe(layer.name, weight)
-            raise ValueError(f"{where} holds NaN or infinity: mend the weights, or keep the layer dense")
-        metric = calibration.metric(layer.name) if calibration is not None else None
-        return cls(layer, weight, calibration, metric)
-
-    @property
-    def kernels(self) -> Tensor:
-        """The weight as a stack of kernels ``(groups, out, in, *spatial)``."""
-        return self.layer.geometry.kernels(self.weight)
-
-    @cached_property
-    def about(self) -> list[Any]:
-        """The name of the layer, and fingerprints of its weight and its moments."""
-        known = []
-        if self.calibration is not None and self.metric is not None:
-            mean = self.calibration.layers[self.layer.name].mean
-            held = (mean, self.metric.whole, self.metric.channels, self.metric.window)
-            kept = self.calibration.keeps_mean(self.layer.name)
-            known = [kept, *(digest_of(matrix) if matrix is not None else "" for matrix in held)]
-        return [self.layer.name, digest_of(self.weight), *known]
-
-    def truncated(self, settings: Settings) -> tuple[tuple[int, ...], Fit] | str:
-        """Return the ranks and the fit that a plan would choose, or the reason why there are none."""
-        where = describe(self.layer.name, self.weight)
-        try:
-            settings.format.max_ranks(self.layer.geometry.kernel_shape)
-        except ValueError as error:
-            return str(error)
-        try:
-            with memory_for(where):
-                ranks, fit = choose(self.kernels, settings, limit=self.layer.params - 1, metric=self.metric)
-        except NoRanks as reason:
-            return str(reason)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        assert fit is not None  # only the meta device has none
-        return ranks, fit
-
-    def built(self, format: Format, fit: Fit) -> TNConv:
-        """Return the truncated layer; its bias keeps the mean output where the calibration says that it can.
-
-        That is the same as moving the mean of a BatchNorm behind it.
-        """
-        layer = self.layer
-        bias = layer.module.bias.detach().clone() if layer.module.bias is not None else None
-        new = TNConv(format, layer.geometry, fit.factors, bias, rel_error=fit.rel_error)
-        if self.calibration is not None:
-            lost = self.kernels.double() - layer.geometry.kernels(new.weight.detach()).double()
-            kept = self.calibration.shift(layer.name, lost)
-            if kept is not None:
-                shift = kept[1].to(self.weight)
-                new.bias = nn.Parameter(shift if bias is None else bias + shift)
-        return adopt(new, layer.module)
-
-
 @dataclass
 class _Run:
     """One measurement after another, each on the copy ``model``, which is dense again after each."""
 
     model: nn.Module
     dense: DenseOutputs
+    truncate: Truncate
     cache: RowCache
 
     def __post_init__(self) -> None:
-        self._what = [_KEYS, _digest_of_model(self.model), self.dense.images.digest()]
+        self._what = [_KEYS, self.truncate.__name__, _digest_of_model(self.model), self.dense.images.digest()]
 
-    def row(self, subject: _Subject, settings: Settings, ratio: float) -> Row | Unmeasured:
+    def row(self, subject: Subject, settings: Settings) -> Row | Unmeasured:
         """Return the row of one truncation, from the cache if it is there, or why there is none."""
-        layer, format = subject.layer, settings.format
+        layer, format, ratio = subject.layer, settings.format, ratio_of(settings)
         about = json.dumps([*self._what, *subject.about, format.to_dict(), ratio])
         key = hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
         kept = self.cache.get(key)
         if kept is not None and math.isclose(kept["signal"], self.dense.signal, rel_tol=1e-3):
             return Row.from_dict(kept["row"])
-        found = subject.truncated(settings)
+        found = self.truncate(subject, settings)
         if isinstance(found, str):
             return Unmeasured(layer.name, format, ratio, found)
         ranks, fit = found
