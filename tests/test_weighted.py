@@ -156,7 +156,7 @@ def test_rank_deficient_moments_stay_finite_and_a_ridge_keeps_the_kernel(name):
     ]
     assert all(map(math.isfinite, errors))
     plain = format.fit_groups(kernels, ranks).rel_error
-    assert errors[2] == pytest.approx(plain, rel=2e-2, abs=1e-5)
+    assert errors[2] == pytest.approx(plain, rel=2e-2, abs=2e-3)
     assert errors[1] <= errors[0] + 1e-3
 
 

@@ -20,6 +20,8 @@ from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
 from tncompress.repair import repair
 from tncompress.report import Report, report
+from tncompress.responses import Sensitivity
+from tncompress.sensitivity import quick_sensitivity, sensitivity
 from tncompress.spec import (
     EVBMF,
     Energy,
@@ -57,6 +59,7 @@ __all__ = [
     "RelError",
     "Report",
     "Rule",
+    "Sensitivity",
     "Settings",
     "Skip",
     "Spec",
@@ -72,10 +75,12 @@ __all__ = [
     "load_weights",
     "make_plan",
     "merge",
+    "quick_sensitivity",
     "register_format",
     "repair",
     "report",
     "save",
     "save_weights",
+    "sensitivity",
     "train_",
 ]

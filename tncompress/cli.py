@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -255,6 +256,56 @@ def compress(
     cli.say(f"saved in {out}")
     if weights is None:
         cli.say("no --weights: what was compressed are random weights")
+
+
+@app.command()
+@cli.guarded
+def sensitivity(
+    model: cli.ModelOption,
+    data: cli.DataOption,
+    weights: cli.WeightsOption = None,
+    formats: Annotated[
+        str, typer.Option("--formats", help="Names of formats, with commas between them.")
+    ] = "svd,tucker,mps,cp",
+    ratios: Annotated[
+        str, typer.Option("--ratios", help="Parameters, truncated / dense, with commas between them.")
+    ] = "0.5,0.25,0.125",
+    images: Annotated[int, typer.Option("--images", min=2, help="How many training images to use.")] = 256,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="A file of rows, with which a killed run goes on.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Save the sensitivity as JSON.")] = None,
+    data_dir: cli.DataDirOption = None,
+    device: cli.DeviceOption = "auto",
+    seed: cli.SeedOption = 0,
+    as_json: cli.JsonOption = False,
+    overwrite: cli.OverwriteOption = False,
+    debug: cli.DebugOption = False,
+) -> None:
+    """Measure how the network's output changes when each layer alone is truncated.
+
+    Example: `tncompress sensitivity --model zoo:cnn4 --weights dense.safetensors --data digits`
+    """
+    try:
+        fractions = [float(part) for part in ratios.split(",")]
+    except ValueError:
+        raise ValueError(f"--ratios are numbers with commas between them, got {ratios!r}") from None
+    loaded = cli.load_data(data, data_dir=data_dir)
+    dense, _ = cli.open_model(model, weights, loaded)
+    with new_file(out, overwrite=overwrite) if out is not None else nullcontext() as fresh:
+        made = tnc.sensitivity(
+            dense.to(cli.pick_device(device)),
+            loaded.calibration_loader(images, seed=seed),
+            formats=[part.strip() for part in formats.split(",")],
+            ratios=fractions,
+            cache=cache,
+            progress=not as_json,
+        )
+        if fresh is not None:
+            made.save(fresh)
+    cli.show(made, as_json=as_json)
+    if weights is None:
+        cli.say("no --weights: what was measured are random weights")
 
 
 @app.command()

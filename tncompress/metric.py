@@ -89,9 +89,10 @@ class Metric:
         """Return the metric with ``ridge`` times the mean of its diagonal added to it."""
         if not ridge:
             return self
-        parts = (self.whole, self.channels, self.window)
-        ridged = [add_ridge(m, ridge) if m is not None else None for m in parts]
-        return Metric(self.patch, *ridged, self.gradient)
+        whole, channels, window = (
+            add_ridge(m, ridge) if m is not None else None for m in (self.whole, self.channels, self.window)
+        )
+        return Metric(self.patch, whole, channels, window, self.gradient)
 
     def to(self, *args: object, **kwargs: object) -> Metric:
         """Return the same metric in another dtype or on another device."""

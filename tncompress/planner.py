@@ -50,7 +50,7 @@ def make_plan(
     refuse_wrapped(model)
     layers = find_layers(model, spec.include)
     moments = as_calibration(calibration, model, include=spec.include, progress=progress)
-    kept = _kept_dense(spec, layers)
+    kept = kept_dense(spec, layers)
     modules = {layer.name: layer.module for layer in layers}
     calls = input_shapes(model, modules, example_inputs) if example_inputs is not None else {}
     decided: list[LayerPlan | Skip] = []
@@ -201,7 +201,7 @@ def _samples_and_lengths(shape: tuple[int, ...], ndim: int) -> tuple[int, tuple[
     return (shape[0] if len(shape) == ndim + 2 else 1), shape[len(shape) - ndim :]
 
 
-def _kept_dense(spec: Spec, layers: list[Layer]) -> dict[str, str]:
+def kept_dense(spec: Spec, layers: list[Layer]) -> dict[str, str]:
     """Return why layers are kept dense by the spec, by name; check that every pattern matches something."""
     names = [name for layer in layers for name in layer.names]
     patterns = [rule.pattern for rule in spec.rules] + [p for p in spec.keep_dense if p not in KEEP_DENSE]

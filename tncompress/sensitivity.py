@@ -1,0 +1,231 @@
+"""Measuring how the network's output answers to the truncation of each layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tncompress.calibrate import Calibration, as_calibration
+from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
+from tncompress.formats import SVD, Format, make_format
+from tncompress.measure import device_of, macs
+from tncompress.outputs import DenseOutputs, Images, bytes_of
+from tncompress.planner import kept_dense
+from tncompress.responses import Row, Sensitivity, Unmeasured
+from tncompress.rowcache import RowCache
+from tncompress.running import copy_model
+from tncompress.spec import KEEP_DENSE, ParamsRatio, Settings, Spec
+from tncompress.surgery import replace_all_
+from tncompress.tables import progress_bar
+from tncompress.truncation import Subject, Truncate, chosen, projected, ratio_of
+
+QUICK_MACS = 4e12
+"""What the forward passes of :func:`quick_sensitivity` may take together."""
+
+QUICK_IMAGES = 8, 256
+"""The fewest and the most images that it takes by itself."""
+
+_KEYS = 1
+"""The version of what the keys of a cache are made from and of what its rows hold."""
+
+
+def sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    formats: Sequence[Any] = ("svd", "tucker", "mps", "cp"),
+    ratios: Sequence[int | float] = (0.5, 0.25, 0.125),
+    calibration: Calibration | Iterable[Any] | None = None,
+    keep_dense: Sequence[str] = KEEP_DENSE,
+    include: Collection[str] = (),
+    cache: str | Path | None = None,
+    images: int | None = None,
+    progress: bool = False,
+) -> Sensitivity:
+    """Return how far the network's output changes when each layer alone is truncated, by format and ratio.
+
+    The change is the squared relative error sum |y' - y|^2 / sum |y - mean(y)|^2 of the outputs on
+    ``batches``, at most ``images`` of them, centred over the images: what is the same in every output, such
+    as a constant offset of the logits, is no signal. For outputs ``(images, classes)`` it is also the mean KL
+    divergence of softmax(y') from softmax(y), and the change of accuracy where batches carry labels.
+
+    ``formats`` are names, formats, or mappings with options; ``ratios`` are parameters, truncated / dense;
+    ``keep_dense`` and ``include`` are those of a :class:`Spec`. With ``calibration`` (a
+    :class:`Calibration`, or batches to make one of) layers are truncated as ``compress`` does it then, and
+    losses are those of their outputs. ``cache`` is a file
+    that keeps each row as soon as it is measured: a run that was killed goes on there, and rows of another
+    model, other images or another calibration are not taken. The model is not touched.
+    """
+    return _measured(
+        model,
+        Images.gather(batches, device_of(model), images),
+        _settings(formats, ratios),
+        chosen,
+        calibration=calibration,
+        keep_dense=keep_dense,
+        include=include,
+        cache=cache,
+        progress=progress,
+    )
+
+
+def quick_sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    calibration: Calibration | Iterable[Any] | None = None,
+    ratios: Sequence[int | float] = (0.5, 0.125),
+    keep_dense: Sequence[str] = KEEP_DENSE,
+    include: Collection[str] = (),
+    cache: str | Path | None = None,
+    images: int | None = None,
+    progress: bool = False,
+) -> Sensitivity:
+    """Return a sensitivity that is cheap enough for every budget: one format in closed form, few images.
+
+    Kernels are cut ``out|rest`` at few ``ratios``: what :meth:`Sensitivity.predict` makes of that is about
+    the same for all formats. Without ``images`` as many are taken, 256 at most and 8 at least, as keep the
+    forward passes of all layers within some minutes on two cores.
+    """
+    held = Images.gather(batches, device_of(model), images or QUICK_IMAGES[1])
+    if images is None:
+        asked = Spec.parse({"keep_dense": tuple(keep_dense), "include": tuple(include)})
+        passes = 1 + len(_layers(model, asked)[0]) * len(ratios)
+        least, most = QUICK_IMAGES
+        affordable = int(QUICK_MACS / (passes * max(macs(model, held.inputs[0][:1]), 1)))
+        held = held.first(min(most, max(least, affordable)))
+    return _measured(
+        model,
+        held,
+        _settings((SVD(),), ratios),
+        projected,
+        calibration=calibration,
+        keep_dense=keep_dense,
+        include=include,
+        cache=cache,
+        progress=progress,
+    )
+
+
+def _measured(
+    model: nn.Module,
+    images: Images,
+    settings: Sequence[Settings],
+    truncate: Truncate,
+    *,
+    calibration: Calibration | Iterable[Any] | None,
+    keep_dense: Sequence[str],
+    include: Collection[str],
+    cache: str | Path | None,
+    progress: bool,
+) -> Sensitivity:
+    """Return what truncating each layer does to the output on ``images``."""
+    asked = Spec.parse({"keep_dense": tuple(keep_dense), "include": tuple(include)})
+    refuse_wrapped(model)
+    _refuse_meta(model)
+    target = copy_model(model)
+    moments = as_calibration(calibration, target, include=asked.include, progress=progress)
+    layers, unmeasured = _layers(target, asked)
+    run = _Run(target, DenseOutputs(target, images), truncate, RowCache(cache))
+    rows: list[Row] = []
+    with progress_bar(len(layers) * len(settings), show=progress) as advance:
+        for layer in layers:
+            subject = Subject.of(layer, moments)
+            for setting in settings:
+                found = run.row(subject, setting)
+                (rows if isinstance(found, Row) else unmeasured).append(found)  # type: ignore[arg-type]
+                advance(f"{layer.name} {setting.format} {ratio_of(setting):g}")
+    digests = {layer.name: digest_of(layer.weight()) for layer in layers}
+    accuracy = run.dense.accuracy
+    return Sensitivity(tuple(rows), len(images), accuracy, moments is not None, tuple(unmeasured), digests)
+
+
+def _settings(formats: Sequence[Any], ratios: Sequence[int | float]) -> list[Settings]:
+    """Return what is measured of each layer, format by format."""
+    formats = [formats] if isinstance(formats, str | Mapping | Format) else formats
+    made = list(dict.fromkeys(make_format(format) for format in formats))
+    policies = list(dict.fromkeys(ParamsRatio(ratio) for ratio in ratios))
+    if not made or not policies:
+        raise ValueError("wanted at least one format and one ratio to measure, got none")
+    return [Settings(format=format, rank=policy) for format in made for policy in policies]
+
+
+def _layers(model: nn.Module, asked: Spec) -> tuple[list[Layer], list[Unmeasured]]:
+    """Return the layers of ``model`` that a spec would compress, and the others with the reason."""
+    layers = find_layers(model, asked.include)
+    kept = kept_dense(asked, layers)
+    reasons = {layer.name: layer.obstacle or kept.get(layer.name) for layer in layers}
+    left = [Unmeasured(name, None, None, reason) for name, reason in reasons.items() if reason]
+    return [layer for layer in layers if not reasons[layer.name]], left
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the meta device, where it puts nothing out: load its weights")
+
+
+@dataclass
+class _Run:
+    """One measurement after another, each on the copy ``model``, which is dense again after each."""
+
+    model: nn.Module
+    dense: DenseOutputs
+    truncate: Truncate
+    cache: RowCache
+
+    def __post_init__(self) -> None:
+        self._what = [_KEYS, self.truncate.__name__, _digest_of_model(self.model), self.dense.images.digest()]
+
+    def row(self, subject: Subject, settings: Settings) -> Row | Unmeasured:
+        """Return the row of one truncation, from the cache if it is there, or why there is none."""
+        layer, format, ratio = subject.layer, settings.format, ratio_of(settings)
+        about = json.dumps([*self._what, *subject.about, format.to_dict(), ratio])
+        key = hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
+        kept = self.cache.get(key)
+        if kept is not None and math.isclose(kept["signal"], self.dense.signal, rel_tol=1e-3):
+            return Row.from_dict(kept["row"])
+        found = self.truncate(subject, settings)
+        if isinstance(found, str):
+            return Unmeasured(layer.name, format, ratio, found)
+        ranks, fit = found
+        with _replaced(self.model, layer, subject.built(format, fit)):
+            change = self.dense.change(self.model)
+        if change is None:
+            return Unmeasured(layer.name, format, ratio, "the network's output held NaN or infinity")
+        gained = None
+        if change.accuracy is not None and self.dense.accuracy is not None:
+            gained = change.accuracy - self.dense.accuracy
+        made = Row(layer.name, format, ratio, ranks, fit.loss, change.error, change.kl, gained)
+        self.cache.add(key, {"signal": self.dense.signal, "row": made.to_dict()})
+        return made
+
+
+@contextmanager
+def _replaced(model: nn.Module, layer: Layer, new: nn.Module) -> Iterator[None]:
+    """Put ``new`` in the place of ``layer`` for the length of the block."""
+    replace_all_(model, dict.fromkeys(layer.names, new))
+    try:
+        yield
+    finally:
+        replace_all_(model, dict.fromkeys(layer.names, layer.module))
+
+
+def _digest_of_model(model: nn.Module) -> str:
+    """Return a fingerprint of the model's class, its structure, its parameters and its buffers."""
+    structure = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(model).__module__} {model!r}")
+    found = hashlib.blake2b(structure.encode(), digest_size=16)
+    for name, value in model.state_dict(keep_vars=True).items():
+        about = (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+        found.update(f"{name} {about}".encode())
+        if isinstance(value, Tensor):
+            found.update(bytes_of(value))
+    return found.hexdigest()
