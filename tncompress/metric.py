@@ -57,7 +57,8 @@ class Metric:
         """Return ``kernels @ C`` for kernels ``(groups, rows, *patch)``, in the same shape."""
         if self.whole is not None:
             return (kernels.flatten(2) @ self.whole).reshape(kernels.shape)
-        assert self.channels is not None and self.window is not None
+        assert self.channels is not None
+        assert self.window is not None
         halfway = torch.einsum("gmik,gij->gmjk", kernels.flatten(3), self.channels)
         return (halfway @ self.window[:, None]).reshape(kernels.shape)
 
@@ -66,50 +67,49 @@ class Metric:
         return (self.times(kernels) * kernels).flatten(1).sum(1).clamp_min(0.0)
 
     def marginal(self, modes: tuple[int, ...]) -> Tensor:
-        """Return ``(groups, n, n)``: the moments of the patch's ``modes`` (0 is ``in``), summed over the others."""
-        sizes = [self.patch[mode] for mode in modes]
-        if self.whole is None:
-            return self._marginal_of_product(modes).reshape(self.groups, math.prod(sizes), -1)
-        rest = [mode for mode in range(len(self.patch)) if mode not in modes]
-        n = len(self.patch)
-        order = [1 + mode for mode in (*modes, *rest)]
-        split = self.whole.reshape(-1, *self.patch, *self.patch).permute(
-            0, *order, *(n + axis for axis in order)
-        )
-        joint = split.reshape(
-            self.groups, math.prod(sizes), -1, math.prod(sizes), math.prod(self.patch) // math.prod(sizes)
-        )
-        return torch.einsum("gaxbx->gab", joint)
+        """Return ``(groups, n, n)``: the moments of the patch's ``modes``, ascending, summed over the others.
 
-    def _marginal_of_product(self, modes: tuple[int, ...]) -> Tensor:
-        assert self.channels is not None and self.window is not None
-        spatial = tuple(mode for mode in modes if mode > 0)
-        rest = [mode for mode in range(1, len(self.patch)) if mode not in spatial]
-        n, sizes = len(self.patch) - 1, self.patch[1:]
-        order = [*spatial, *rest]
-        split = self.window.reshape(-1, *sizes, *sizes).permute(0, *order, *(n + axis for axis in order))
-        kept = math.prod(self.patch[mode] for mode in spatial)
-        left = math.prod(sizes) // kept
-        window = torch.einsum("gaxbx->gab", split.reshape(self.groups, kept, left, kept, left))
+        Mode 0 is ``in``, the others are those of the window.
+        """
+        if self.whole is not None:
+            return _marginal(self.whole, self.patch, modes)
+        assert self.channels is not None
+        assert self.window is not None
+        spatial = tuple(mode - 1 for mode in modes if mode > 0)
+        window = _marginal(self.window, self.patch[1:], spatial)
         if 0 not in modes:
             return window * self.channels.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        if not spatial:
-            return self.channels * window
         product = torch.einsum("gij,gab->giajb", self.channels, window)
-        first = modes.index(0)
-        before = math.prod(self.patch[mode] for mode in modes[:first])
-        product = product.reshape(
-            self.groups, self.patch[0], before, -1, self.patch[0], before, kept // before
-        )
-        return product.permute(0, 2, 1, 3, 5, 4, 6)
+        return product.flatten(3, 4).flatten(1, 2)
+
+    def ridged(self, ridge: float) -> Metric:
+        """Return the metric with ``ridge`` times the mean of its diagonal added to it."""
+        if not ridge:
+            return self
+        parts = (self.whole, self.channels, self.window)
+        return Metric(self.patch, *(add_ridge(m, ridge) if m is not None else None for m in parts))
 
     def to(self, *args: object, **kwargs: object) -> Metric:
         """Return the same metric in another dtype or on another device."""
-        moved = {
-            name: matrix.to(*args, **kwargs) if matrix is not None else None  # type: ignore[call-overload]
-            for name, matrix in (("whole", self.whole), ("channels", self.channels), ("window", self.window))
-        }
-        return Metric(self.patch, **moved)
+        parts = (self.whole, self.channels, self.window)
+        return Metric(self.patch, *(m.to(*args, **kwargs) if m is not None else None for m in parts))  # type: ignore[call-overload]
+
+
+def _marginal(moments: Tensor, sizes: tuple[int, ...], modes: tuple[int, ...]) -> Tensor:
+    """Return moments ``(groups, n, n)`` over the product of ``sizes``, traced over all but ``modes``."""
+    rest = [mode for mode in range(len(sizes)) if mode not in modes]
+    order = [1 + mode for mode in (*modes, *rest)]
+    split = moments.reshape(-1, *sizes, *sizes).permute(0, *order, *(len(sizes) + axis for axis in order))
+    kept = math.prod(sizes[mode] for mode in modes)
+    left = math.prod(sizes) // kept
+    return torch.einsum("gaxbx->gab", split.reshape(len(moments), kept, left, kept, left))
+
+
+def add_ridge(moments: Tensor, ridge: float) -> Tensor:
+    """Return ``(groups, n, n)`` moments with ``ridge`` times the mean of each diagonal added to it."""
+    mean = moments.diagonal(dim1=1, dim2=2).mean(1)
+    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
+    return moments + ridge * mean[:, None, None] * identity
 
 
 def roots(moments: Tensor) -> tuple[Tensor, Tensor]:

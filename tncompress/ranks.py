@@ -5,6 +5,9 @@ weight: a bound on the discarded weight is lowered step by step, and each bond t
 keeps it. Parameters grow along the path and the error falls, so a policy is met by bisection. The sum of
 the tails bounds the squared error, so a policy on the error is kept for certain. A format without spectra
 (CP) has its ranks themselves as the path, and is fitted where the error must be known.
+
+With a metric, spectra are those of the whitened kernel, fits are made in the metric, and the error is that of
+the layer's output. The sum of the tails is then an estimate, and a policy on the error is met by fits.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,6 +25,7 @@ from torch import Tensor
 from tncompress.cuts import Cut, effective_rank, legs_of, spectrum
 from tncompress.formats import Fit, Format
 from tncompress.linalg import tail_energies
+from tncompress.metric import Metric
 from tncompress.spec import (
     EVBMF,
     Energy,
@@ -32,8 +37,12 @@ from tncompress.spec import (
     Settings,
 )
 from tncompress.vbmf import evbmf_rank
+from tncompress.weighted import fit_in_metric, whiten
 
 Ranks = tuple[int, ...]
+
+RIDGE = 1e-2
+"""Part of the metric's mean diagonal that fits add to it, so that they also hold on other data."""
 
 EXACT = 1e-12
 """A relative error that counts as none."""
@@ -46,32 +55,35 @@ class NoRanks(Exception):  # noqa: N818 - a verdict on a layer, which the plan t
     """No ranks satisfy the policy within the size that is allowed; the message is the reason."""
 
 
-def choose(kernels: Tensor, settings: Settings, *, limit: int | float) -> tuple[Ranks, Fit | None]:
+def choose(
+    kernels: Tensor, settings: Settings, *, limit: int | float, metric: Metric | None = None
+) -> tuple[Ranks, Fit | None]:
     """Return the ranks that ``settings`` ask for on a stack of ``kernels``, and the fit there.
 
     ``kernels`` is ``(groups, out, in, *spatial)``; its groups get the same ranks. Factors with more
     parameters than ``limit`` are refused: :class:`NoRanks` says why. Ranks that the format cannot have are a
     ``ValueError``. Of kernels on the meta device there is no fit, nor a policy on the error: their ranks are
-    those of kernels with flat spectra.
+    those of kernels with flat spectra. With a ``metric`` the errors are those of the layer's output.
     """
     format, policy = settings.format, settings.rank
     groups, *shape = kernels.shape
     if isinstance(policy, FixedRank):
         ranks = _fixed(format, tuple(shape), policy)
         _check_size(format, tuple(shape), ranks, groups, limit)
-        return ranks, _fit(format, kernels, ranks)
+        return ranks, _fit(format, kernels, ranks, metric)
     if kernels.is_meta and not isinstance(policy, ParamsRatio):
         raise ValueError(f"{policy.tag} needs its weights: load them, or plan with params_ratio or fixed")
     if isinstance(policy, Entropy | EVBMF):
-        ranks = _spectral(kernels, settings, policy)
+        seen = kernels if metric is None else whiten(format, kernels, metric)
+        ranks = _spectral(seen, settings, policy)
         _check_size(format, tuple(shape), ranks, groups, limit)
-        return ranks, _fit(format, kernels, ranks)
-    paths = RankPath(kernels, settings).with_variants()
+        return ranks, _fit(format, kernels, ranks, metric)
+    paths = RankPath(kernels, settings, metric).with_variants()
     if isinstance(policy, ParamsRatio):
         within = min(limit, policy.ratio * kernels.numel())
         return _best(
             [partial(path.largest_within, within) for path in paths],
-            lambda ranks, fit: fit.rel_error if fit is not None else 0,
+            lambda ranks, fit: fit.loss if fit is not None else 0,
         )
     error = _allowed_error(policy)
     return _best(
@@ -113,8 +125,12 @@ def _asked(policy: Entropy | EVBMF, s: Tensor, numel: int) -> int:
     return math.ceil(policy.share * found + (1 - policy.share) * len(s))
 
 
-def _fit(format: Format, kernels: Tensor, ranks: Ranks) -> Fit | None:
-    return None if kernels.is_meta else format.fit_groups(kernels, ranks)
+def _fit(format: Format, kernels: Tensor, ranks: Ranks, metric: Metric | None) -> Fit | None:
+    if kernels.is_meta:
+        return None
+    if metric is None:
+        return format.fit_groups(kernels, ranks)
+    return fit_in_metric(format, kernels, ranks, metric, ridge=RIDGE)
 
 
 def _best(
@@ -151,11 +167,13 @@ def _fixed(format: Format, shape: tuple[int, ...], policy: FixedRank) -> Ranks:
 class RankPath:
     """The candidate ranks for a stack of kernels, numbered from the smallest to the full ones."""
 
-    def __init__(self, kernels: Tensor, settings: Settings) -> None:
+    def __init__(self, kernels: Tensor, settings: Settings, metric: Metric | None = None) -> None:
         self.kernels, self.format, self.shape = kernels, settings.format, tuple(kernels.shape[1:])
+        self.metric = metric
         self.params = _params_function(self.format, self.shape, len(kernels))
         self.grids = [_grid(top, settings) for top in self.format.max_ranks(self.shape)]
-        spectra = self.format.spectra_of_groups(kernels)
+        seen = kernels if metric is None else whiten(self.format, kernels, metric)
+        spectra = self.format.spectra_of_groups(seen)
         self.tails = [tail_energies(s).tolist() for s in spectra] if spectra is not None else None
         if self.tails is None:
             self.levels: list[float] = [*range(len(self.grids[0]))]
@@ -198,12 +216,17 @@ class RankPath:
                 f"allowed {int(limit):,}"
             )
         ranks = self._filled(self[index], limit)
-        return ranks, _fit(self.format, self.kernels, ranks)
+        return ranks, self.fit(ranks)
+
+    def fit(self, ranks: Ranks) -> Fit | None:
+        """Return the fit at ``ranks``: in the metric, if there is one, and none of kernels without weights."""
+        return _fit(self.format, self.kernels, ranks, self.metric)
 
     def smallest_reaching(self, error: float, limit: int | float) -> tuple[Ranks, Fit]:
         """Return the first ranks whose relative error is at most ``error``, with the fit there."""
         affordable = range(bisect_right(range(len(self)), limit, key=lambda i: self.params(self[i])))
-        search = self._first_fitting if self.tails is None else self._first_bounded
+        by_fits = self.tails is None or self.metric is not None
+        search = self._first_fitting if by_fits else self._first_bounded
         found = search(affordable, error)
         if found is None:
             too_small = len(affordable) == len(self)
@@ -213,8 +236,8 @@ class RankPath:
         return found
 
     def _first_fitting(self, indices: range, error: float) -> tuple[Ranks, Fit] | None:
-        fit = cache(lambda index: self.format.fit_groups(self.kernels, self[index]))
-        index = bisect_left(indices, True, key=lambda i: fit(i).rel_error <= max(error, EXACT))
+        fit = cache(lambda index: cast(Fit, self.fit(self[index])))
+        index = bisect_left(indices, True, key=lambda i: fit(i).loss <= max(error, EXACT))
         return (self[index], fit(index)) if index < len(indices) else None
 
     def _first_bounded(self, indices: range, error: float) -> tuple[Ranks, Fit] | None:

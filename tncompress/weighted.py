@@ -1,0 +1,290 @@
+"""Fitting a format to a kernel in the norm that data give: the error of the layer's output.
+
+Any network of factors will do. The start is the format's own fit to a whitened kernel: the legs of each
+factor are multiplied with the root of their own second moments, and divided by it afterwards. For one cut
+out|rest that is already the best there is (the whitened SVD, or response PCA, Zhang et al. 2016). Where the
+moments are no product over the factors it is not, and factors are solved for in turn in the whole metric: the
+one that holds ``out`` exactly, the others by conjugate gradients, which never raise the error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tncompress.formats.base import Fit, Format, Ranks
+from tncompress.linalg import working_copy
+from tncompress.metric import Metric, add_ridge, roots
+
+SWEEPS, STEPS, TOLERANCE = 6, 8, 1e-3
+"""Sweeps over the factors, conjugate gradient steps on each, and the gain below which sweeps end."""
+JITTER = 1e-12
+"""Added to the normal equations, over their mean diagonal, where the data leave a direction out."""
+
+
+def fit_in_metric(
+    format: Format,
+    kernels: Tensor,
+    ranks: Ranks,
+    metric: Metric,
+    *,
+    ridge: float = 0.0,
+    gradient: Tensor | None = None,
+    start: Sequence[Tensor] | None = None,
+    sweeps: int = SWEEPS,
+    last_only: bool = False,
+) -> Fit:
+    """Return factors for a stack of ``kernels`` ``(groups, out, in, *spatial)`` of least output error.
+
+    Minimises tr((W - W') C (W - W')') over all groups, with C the ``metric`` plus ``ridge`` times its mean
+    diagonal, which keeps W' near W where the data say nothing. ``gradient``, the ``(groups, out, out)``
+    second moments of the gradients at the output, weighs the outputs, too. ``start`` is a set of factors as
+    in a fit, in place of the whitened kernel's; with ``last_only`` the factor with the leg ``out`` alone is
+    solved for. The errors of the fit are those of the factors in the kernel's dtype; ``output_error`` is
+    sqrt(tr(D C D') / tr(W C W')), without ridge or gradient.
+    """
+    shape, work = tuple(kernels.shape[1:]), working_copy(kernels)
+    network = _Network.of(format, shape)
+    plain = metric.to(work)
+    used = plain.ridged(ridge)
+    weigh = unweigh = None
+    if gradient is not None:
+        weigh, unweigh = roots(add_ridge(gradient.to(work), GRADIENT_RIDGE))
+    target = torch.einsum("gab,gb...->ga...", weigh, work) if weigh is not None else work
+    if start is None:
+        factors = _whitened_start(format, network, target, ranks, used)
+    else:
+        factors = [working_copy(factor) if len(work) > 1 else working_copy(factor)[None] for factor in start]
+        if weigh is not None:
+            factors[network.out] = network.on_out(factors[network.out], weigh)
+    factors = _Solver(network, target, used).run(factors, sweeps, last_only=last_only)
+    if unweigh is not None:
+        factors[network.out] = network.on_out(factors[network.out], unweigh)
+    return _as_fit(format, factors, kernels, work, plain)
+
+
+GRADIENT_RIDGE = 1e-3
+"""Part of the mean diagonal added to the second moments of gradients: all outputs count a little."""
+
+
+@dataclass(frozen=True)
+class _Network:
+    """The letters of a format's einsum; ``z`` stands for the groups, ``out`` is the number of its factor."""
+
+    terms: tuple[str, ...]
+    kernel: str
+    out: int
+
+    @classmethod
+    def of(cls, format: Format, shape: tuple[int, ...]) -> _Network:
+        terms, kernel = format.equation(shape).split("->")
+        split = tuple(terms.split(","))
+        return cls(split, kernel, next(i for i, term in enumerate(split) if kernel[0] in term))
+
+    def modes(self, number: int) -> tuple[int, ...]:
+        """Return the modes of the patch (0 is ``in``) that factor ``number`` holds."""
+        return tuple(mode for mode, leg in enumerate(self.kernel[1:]) if leg in self.terms[number])
+
+    def dense(self, factors: Sequence[Tensor]) -> Tensor:
+        """Return the kernels, ``(groups, out, *patch)``."""
+        return torch.einsum(f"{','.join(f'z{t}' for t in self.terms)}->z{self.kernel}", *factors)
+
+    def without(self, number: int, factors: Sequence[Tensor], kernels: Tensor) -> Tensor:
+        """Return the contraction of ``kernels`` with all factors but one: the adjoint of :meth:`dense`."""
+        others = [(t, f) for i, (t, f) in enumerate(zip(self.terms, factors, strict=True)) if i != number]
+        terms = [f"z{self.kernel}", *(f"z{term}" for term, _ in others)]
+        return torch.einsum(
+            f"{','.join(terms)}->z{self.terms[number]}", kernels, *(factor for _, factor in others)
+        )
+
+    def on_modes(self, number: int, factor: Tensor, matrices: Tensor) -> Tensor:
+        """Return factor ``number`` with ``matrices`` ``(groups, n, n)`` applied to its modes of the patch."""
+        places = [1 + self.terms[number].index(self.kernel[1 + mode]) for mode in self.modes(number)]
+        return _apply(factor, places, matrices)
+
+    def on_out(self, factor: Tensor, matrices: Tensor) -> Tensor:
+        """Return the factor with ``out``, its leg multiplied with ``matrices`` ``(groups, m, out)``."""
+        return _apply(factor, [1 + self.terms[self.out].index(self.kernel[0])], matrices)
+
+    def features(self, factors: Sequence[Tensor], kernels: Tensor) -> Tensor:
+        """Return what the factor with ``out`` sees, ``(groups, features, *patch)``.
+
+        Features run over its legs but ``out``, in their order; a leg of the patch among them selects itself.
+        """
+        others = [i for i in range(len(self.terms)) if i != self.out]
+        legs = self.terms[self.out].replace(self.kernel[0], "")
+        own = [leg for leg in legs if leg in self.kernel]
+        upper = {leg: leg.upper() for leg in own}
+        sizes = dict(zip(self.kernel, kernels.shape[1:], strict=True))
+        eyes = [torch.eye(sizes[leg], dtype=kernels.dtype, device=kernels.device) for leg in own]
+        terms = [f"z{self.terms[i]}" for i in others] + [f"{upper[leg]}{leg}" for leg in own]
+        rows = "".join(upper.get(leg, leg) for leg in legs)
+        tensors = [*(factors[i] for i in others), *eyes]
+        if not others:  # pragma: no cover - a network of one factor
+            tensors, terms = [*tensors, kernels.new_ones(len(kernels))], [*terms, "z"]
+        found = torch.einsum(f"{','.join(terms)}->z{rows}{self.kernel[1:]}", *tensors)
+        return found.flatten(1, len(rows)) if len(rows) else found[:, None]
+
+
+def _apply(tensor: Tensor, places: Sequence[int], matrices: Tensor) -> Tensor:
+    """Return ``tensor`` with matrices ``(groups, m, n)`` on its axes ``places`` taken together."""
+    rest = [axis for axis in range(1, tensor.ndim) if axis not in places]
+    order = [0, *places, *rest]
+    moved = tensor.permute(order)
+    sizes = moved.shape[1 : 1 + len(places)]
+    done = matrices @ moved.reshape(len(tensor), math.prod(sizes), -1)
+    kept = sizes if matrices.shape[1] == math.prod(sizes) else (matrices.shape[1],)
+    back = done.reshape(len(tensor), *kept, *moved.shape[1 + len(places) :])
+    return back.permute([order.index(axis) for axis in range(tensor.ndim)])
+
+
+def whiten(format: Format, kernels: Tensor, metric: Metric) -> Tensor:
+    """Return ``kernels`` with the legs of each factor multiplied by the root of their own moments.
+
+    Their spectra tell how far the *output* is off when a bond is cut: exactly for one cut out|rest, and
+    roughly where the moments are no product over the factors.
+    """
+    return _whitened(_Network.of(format, tuple(kernels.shape[1:])), working_copy(kernels), metric)[0]
+
+
+def _whitened(network: _Network, kernels: Tensor, metric: Metric) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return the whitened kernels, and what undoes it on each factor."""
+    inverses = {}
+    metric = metric.to(kernels)
+    for number in range(len(network.terms)):
+        if modes := network.modes(number):
+            root, inverses[number] = roots(metric.marginal(modes))
+            kernels = _apply(kernels, [2 + mode for mode in modes], root)
+    return kernels, inverses
+
+
+def _whitened_start(
+    format: Format, network: _Network, kernels: Tensor, ranks: Ranks, metric: Metric
+) -> list[Tensor]:
+    whitened, inverses = _whitened(network, kernels, metric)
+    fit = format.fit_groups(whitened.contiguous(), ranks)
+    factors = list(fit.factors) if len(kernels) > 1 else [factor[None] for factor in fit.factors]
+    for number, inverse in inverses.items():
+        factors[number] = network.on_modes(number, factors[number], inverse)
+    return factors
+
+
+class _Solver:
+    """Least squares in the metric, one factor after another."""
+
+    def __init__(self, network: _Network, kernels: Tensor, metric: Metric) -> None:
+        self.network, self.kernels, self.metric = network, kernels, metric
+        self.weighted = metric.times(kernels)
+        self.total = (self.weighted * kernels).flatten(1).sum(1)
+
+    def run(self, factors: list[Tensor], sweeps: int, *, last_only: bool) -> list[Tensor]:
+        """Return the factors after up to ``sweeps`` sweeps, of which the first begins with ``out``."""
+        factors, error = self.solve_out(factors)
+        if last_only or len(factors) == 1:
+            return factors
+        for _ in range(sweeps):
+            found = self.solve_others(factors)
+            found, reached = self.solve_out(found)
+            if not bool(torch.isfinite(reached).all()) or float(reached.sum()) >= float(error.sum()):
+                break
+            gain = 1 - float(reached.sum()) / float(error.sum())
+            factors, error = found, reached
+            if gain < TOLERANCE:
+                break
+        return factors
+
+    def solve_out(self, factors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Return the factors with the best one for ``out``, and the squared error of each group."""
+        network = self.network
+        seen = network.features(factors, self.kernels)
+        weighted = self.metric.times(seen).flatten(2)
+        gram = weighted @ seen.flatten(2).mT
+        target = self.kernels.flatten(2) @ weighted.mT
+        solved = _solve(gram, target.mT).mT
+        error = (self.total - (solved * target).flatten(1).sum(1)).clamp_min(0.0)
+        term, factors = network.terms[network.out], list(factors)
+        old = factors[network.out]
+        place = term.index(network.kernel[0])
+        rest = [size for i, size in enumerate(old.shape[1:]) if i != place]
+        factors[network.out] = solved.reshape(len(old), old.shape[1 + place], *rest).movedim(1, 1 + place)
+        return factors, error
+
+    def solve_others(self, factors: list[Tensor]) -> list[Tensor]:
+        """Return the factors after conjugate gradient steps on each but the one with ``out``."""
+        network, factors = self.network, list(factors)
+        last, weighted = factors[network.out], self.weighted
+        if not network.modes(network.out):  # then only what is in the span of its columns can be reached
+            place = 1 + network.terms[network.out].index(network.kernel[0])
+            q, r = torch.linalg.qr(last.movedim(place, 1).flatten(2))
+            rest = [size for axis, size in enumerate(last.shape) if axis not in (0, place)]
+            factors[network.out] = r.reshape(len(r), r.shape[1], *rest).movedim(1, place)
+            weighted = torch.einsum("gom,go...->gm...", q, weighted)
+        for number in range(len(factors)):
+            if number != network.out:
+                factors[number] = self._descend(number, factors, weighted)
+        factors[network.out] = last
+        return factors
+
+    def _descend(self, number: int, factors: list[Tensor], weighted: Tensor) -> Tensor:
+        """Return factor ``number`` after steps of conjugate gradients on its normal equations."""
+        network = self.network
+
+        def normal(factor: Tensor) -> Tensor:
+            kernels = network.dense([*factors[:number], factor, *factors[number + 1 :]])
+            return network.without(number, factors, self.metric.times(kernels))
+
+        x = factors[number]
+        residual = network.without(number, factors, weighted) - normal(x)
+        direction, square = residual, _dot(residual, residual)
+        first = square
+        for _ in range(STEPS):
+            image = normal(direction)
+            curvature = _dot(direction, image)
+            step = torch.where(curvature > 0, square / torch.where(curvature > 0, curvature, 1.0), 0.0)
+            x = x + _spread(step, x) * direction
+            residual = residual - _spread(step, x) * image
+            new = _dot(residual, residual)
+            if bool((new <= 1e-8 * first).all()):
+                break
+            direction = (
+                residual
+                + _spread(torch.where(square > 0, new / square.clamp_min(1e-300), 0.0), x) * direction
+            )
+            square = new
+        return x
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _solve(gram: Tensor, target: Tensor) -> Tensor:
+    """Return the solutions of symmetric systems ``(groups, n, n)``, steadied where they are singular."""
+    mean = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    jitter = JITTER
+    while jitter < 1:
+        lower, failed = torch.linalg.cholesky_ex(gram + jitter * mean[:, None, None] * identity)
+        if not bool(failed.any()):
+            return torch.cholesky_solve(target, lower)
+        jitter *= 100
+    return torch.linalg.pinv(gram, hermitian=True) @ target
+
+
+def _as_fit(format: Format, factors: list[Tensor], kernels: Tensor, work: Tensor, metric: Metric) -> Fit:
+    """Return the factors in the kernel's dtype, with the errors that they then have."""
+    cast = [factor.to(kernels.dtype).contiguous() for factor in factors]
+    rebuilt = format.to_dense([factor.double() for factor in cast], tuple(kernels.shape[1:]))
+    missing = work - rebuilt
+    total, norm = float(metric.squared_norm(work).sum()), float(work.norm())
+    output = math.sqrt(float(metric.squared_norm(missing).sum()) / total) if total > 0 else 0.0
+    made = tuple(cast) if len(kernels) > 1 else tuple(factor[0] for factor in cast)
+    return Fit(made, float(missing.norm()) / norm if norm > 0 else 0.0, output)
