@@ -80,7 +80,7 @@ class Solver:
     ridge: float | None = None
 
     def solve(self, pair: Partners, inputs: list[Tensor], outputs: list[Tensor]) -> LayerRepair:
-        """Change the layer of ``pair`` so that its ``inputs`` give the dense ``outputs``; never for the worse."""
+        """Change the layer so that its ``inputs`` give the dense ``outputs``; never for the worse."""
         images = sum(_images(x, pair.geometry) for x in inputs)
         seen, held = collect(pair.geometry, inputs, outputs)
         whole = PairMoments()
@@ -208,7 +208,7 @@ def _pixels(images: Tensor, pixels: int, each: int) -> Tensor:
 
 
 def _patches_of_images(geometry: ConvGeometry, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield patches ``(groups, images, pixels, d)`` and outputs ``(groups, images, pixels, out)`` in pieces."""
+    """Yield patches ``(groups, images, pixels, d)`` and outputs, shaped likewise, in pieces."""
     if x.ndim == geometry.ndim + 1:
         x, y = x[None], y[None]
     rows = _rows(y, geometry)

@@ -1,8 +1,8 @@
 """Least squares from inputs of one network onto outputs of another, in closed form.
 
 A layer whose inputs have changed is asked for the outputs that it had before: W minimises
-E|y - b - W x|^2 over inputs x of the compressed network and outputs y of the dense one, with a ridge towards the
-dense kernel. All that is needed are the moments of (x, y), which are summed over batches here.
+E|y - b - W x|^2 over inputs x of the compressed network and outputs y of the dense one, with a ridge
+towards the dense kernel. All that is needed are the moments of (x, y), which are summed over batches here.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-2, 1e-1)
-"""The least ridge, that at one patch for each number in a patch, and the largest one; see :func:`ridge_for`."""
+"""The least ridge, the one where there are as many patches as numbers in one, and the largest."""
 
 
 class PairMoments:
     """Sums over pairs of patch and output ``(groups, count, d)``, ``(groups, count, out)``, in float64.
 
-    Products are taken in float32 (float64 for float64 inputs), about the mean of what is added at a time, and
-    pooled over what was added before (Chan et al. 1979), so that the moments don't depend on how the pairs come.
+    Products are taken in float32 (float64 for float64 inputs), about the mean of what is added at a time,
+    and pooled with what was added before (Chan et al. 1979): moments don't depend on how the pairs come.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class PairMoments:
     def moments(
         self, fixed: Float[Tensor, "g out"] | None = None
     ) -> tuple[Float[Tensor, "g d d"], Float[Tensor, "g out d"]]:
-        """Return E[x x'] and E[y x']: about the means, or of x and y - ``fixed`` as they are, if that is given."""
+        """Return E[x x'] and E[y x'], about the means; or of x and y - ``fixed``, if that is given."""
         xx, yx = self.xx / self.count, self.yx / self.count
         if fixed is not None:
             xx = xx + self.mean_x[:, :, None] * self.mean_x[:, None]
@@ -109,7 +109,7 @@ def solve_towards(
     yx: Float[Tensor, "g out d"],
     ridge: float,
 ) -> tuple[Float[Tensor, "g out d"], Float[Tensor, "g d d"]]:
-    """Return W* = W0 + (E[y x'] - W0 A)(A + lambda I)^-1 and A + lambda I, with W0 the ``kernels``, A = ``xx``.
+    """Return W* = W0 + (E[y x'] - W0 A)(A + lambda I)^-1 and A + lambda I; W0 are ``kernels``, A is ``xx``.
 
     ``lambda`` is ``ridge`` times the mean diagonal of A. For any W, E|y - W x|^2 + lambda |W - W0|^2
     is tr((W - W*)(A + lambda I)(W - W*)') and a constant: what is left is to fit W* in that metric.
