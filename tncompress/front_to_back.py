@@ -24,8 +24,8 @@ from tncompress.weighted import fit_in_metric
 
 HELD_OUT = 8
 """Every so many images one judges what was solved for on the others."""
-PATCHES_PER_INPUT = 64
-"""How many patches are taken for each number in a patch, spread over the images, where there are more."""
+PATCHES_PER_INPUT, LEAST_PATCHES = 64, 2**14
+"""How many patches are taken for each number in a patch, and in all, where there are more of them."""
 MATRICES = 8
 """How many matrices of the size of the moments are alive at once while a layer is solved for."""
 
@@ -183,7 +183,7 @@ def collect(
     """
     inputs, outputs = list(inputs), list(outputs)
     number, d = sum(_images(x, geometry) for x in inputs), math.prod(geometry.kernel_shape[1:])
-    each = math.ceil(PATCHES_PER_INPUT * d / max(number, 1))
+    each = math.ceil(max(PATCHES_PER_INPUT * d, LEAST_PATCHES) / max(number, 1))
     parts = PairMoments(), PairMoments()
     first = 0
     for x, y in zip(inputs, outputs, strict=True):
