@@ -219,7 +219,7 @@ class RankPath:
         return ranks, self.fit(ranks)
 
     def fit(self, ranks: Ranks) -> Fit | None:
-        """Return the fit at ``ranks``: in the metric, if there is one, and none of kernels without weights."""
+        """Return the fit at ``ranks``, in the metric if there is one; None for kernels without weights."""
         return _fit(self.format, self.kernels, ranks, self.metric)
 
     def smallest_reaching(self, error: float, limit: int | float) -> tuple[Ranks, Fit]:

@@ -85,6 +85,11 @@ class _Network:
         split = tuple(terms.split(","))
         return cls(split, kernel, next(i for i, term in enumerate(split) if kernel[0] in term))
 
+    @property
+    def place(self) -> int:
+        """Where ``out`` stands among the legs of its factor."""
+        return self.terms[self.out].index(self.kernel[0])
+
     def modes(self, number: int) -> tuple[int, ...]:
         """Return the modes of the patch (0 is ``in``) that factor ``number`` holds."""
         return tuple(mode for mode, leg in enumerate(self.kernel[1:]) if leg in self.terms[number])
@@ -108,7 +113,7 @@ class _Network:
 
     def on_out(self, factor: Tensor, matrices: Tensor) -> Tensor:
         """Return the factor with ``out``, its leg multiplied with ``matrices`` ``(groups, m, out)``."""
-        return _apply(factor, [1 + self.terms[self.out].index(self.kernel[0])], matrices)
+        return _apply(factor, [1 + self.place], matrices)
 
     def features(self, factors: Sequence[Tensor], kernels: Tensor) -> Tensor:
         """Return what the factor with ``out`` sees, ``(groups, features, *patch)``.
@@ -198,30 +203,30 @@ class _Solver:
         return factors
 
     def solve_out(self, factors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Return the factors with the best one for ``out``, and the squared error of each group."""
-        network = self.network
+        """Return the factors with the best one for ``out``, and the squared error of each group.
+
+        What the data leave open stays as it was: the change of the factor is what is solved for.
+        """
+        network, factors = self.network, list(factors)
         seen = network.features(factors, self.kernels)
         weighted = self.metric.times(seen).flatten(2)
         gram = weighted @ seen.flatten(2).mT
         target = self.kernels.flatten(2) @ weighted.mT
-        solved = _solve(gram, target.mT).mT
-        error = (self.total - (solved * target).flatten(1).sum(1)).clamp_min(0.0)
-        term, factors = network.terms[network.out], list(factors)
-        old = factors[network.out]
-        place = term.index(network.kernel[0])
-        rest = [size for i, size in enumerate(old.shape[1:]) if i != place]
-        factors[network.out] = solved.reshape(len(old), old.shape[1 + place], *rest).movedim(1, 1 + place)
-        return factors, error
+        old = factors[network.out].movedim(1 + network.place, 1)
+        rows = old.flatten(2)
+        rows = rows + _solve(gram, (target - rows @ gram).mT).mT
+        error = self.total + (rows * (rows @ gram - 2 * target)).flatten(1).sum(1)
+        factors[network.out] = rows.reshape(old.shape).movedim(1, 1 + network.place)
+        return factors, error.clamp_min(0.0)
 
     def solve_others(self, factors: list[Tensor]) -> list[Tensor]:
         """Return the factors after conjugate gradient steps on each but the one with ``out``."""
         network, factors = self.network, list(factors)
         last, weighted = factors[network.out], self.weighted
         if not network.modes(network.out):  # then only what is in the span of its columns can be reached
-            place = 1 + network.terms[network.out].index(network.kernel[0])
-            q, r = torch.linalg.qr(last.movedim(place, 1).flatten(2))
-            rest = [size for axis, size in enumerate(last.shape) if axis not in (0, place)]
-            factors[network.out] = r.reshape(len(r), r.shape[1], *rest).movedim(1, place)
+            turned = last.movedim(1 + network.place, 1)
+            q, r = torch.linalg.qr(turned.flatten(2))
+            factors[network.out] = r.unflatten(2, turned.shape[2:]).movedim(1, 1 + network.place)
             weighted = torch.einsum("gom,go...->gm...", q, weighted)
         for number in range(len(factors)):
             if number != network.out:
