@@ -10,8 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import tncompress as tnc
-from tncompress import front_to_back
-from tncompress.front_to_back import Partners, Solver, collect
+from tncompress import layer_solver
+from tncompress.layer_solver import Partners, Solver, collect
 from tncompress.layers import TNConv
 
 pytestmark = pytest.mark.usefixtures("quick_cp")
@@ -174,8 +174,8 @@ def test_batches_may_be_cut_as_one_likes(sizes):
 
 
 def test_of_many_pixels_each_image_gives_some_whatever_the_batches(monkeypatch):
-    monkeypatch.setattr(front_to_back, "PATCHES_PER_INPUT", 2)
-    monkeypatch.setattr(front_to_back, "LEAST_PATCHES", 1)
+    monkeypatch.setattr(layer_solver, "PATCHES_PER_INPUT", 2)
+    monkeypatch.setattr(layer_solver, "LEAST_PATCHES", 1)
     layer = nn.Conv2d(3, 5, 3, padding=1).double()
     geometry, x = tnc.ConvGeometry.of(layer), torch.cat(images(20))
     y = layer(x).detach()

@@ -243,11 +243,12 @@ def repair(
     where, loaded = cli.pick_device(device), cli.load_data(data, data_dir=data_dir)
     small, dense, origin = _open(folder, model, weights, where)
     before = measure_accuracy(small, loaded.test_loader()).accuracy
+    asked: Any = False if least_squares is Solved.none else least_squares.value
     mended: Any = tnc.repair(
         small,
         dense,
         loaded.calibration_loader(images, seed=seed),
-        least_squares=False if least_squares is Solved.none else least_squares.value,
+        least_squares=asked,
         bias=bias,
         batchnorm=batchnorm,
         classifier=classifier,

@@ -129,12 +129,12 @@ def in_lockstep(
             pair.small.advance()
         while len(visited) < len(layers):
             waiting = {pair.small.at for pair in pairs}
-            name = next((name for name in layers if name in waiting), None)
-            if name is None:
+            first = next((name for name in layers if name in waiting), None)
+            if first is None:
                 return
-            here = [pair for pair in pairs if pair.small.at == name]
-            _visit(name, here, visit)
-            visited.add(name)
+            here = [pair for pair in pairs if pair.small.at == first]
+            _visit(first, here, visit)
+            visited.add(first)
             for pair in here:
                 pair.small.advance()
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tncompress.batchnorm import reestimate_batchnorm_
 from tncompress.discovery import find_layers
-from tncompress.front_to_back import LayerRepair, Solver, partners, solve_front_to_back, solve_last
+from tncompress.front_to_back import partners, solve_front_to_back, solve_last
+from tncompress.layer_solver import LayerRepair, Solver
 from tncompress.layers import TNConv
 from tncompress.repair_report import Gauge, RepairReport, StepRepair
 from tncompress.running import copy_model, eval_mode, input_of_call, inputs_of

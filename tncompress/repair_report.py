@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from tncompress.front_to_back import LayerRepair
+from tncompress.layer_solver import LayerRepair
 from tncompress.running import eval_mode
 from tncompress.tables import render
 
