@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import tncompress as tnc
-from tncompress import layer_solver
+from tncompress import front_to_back, layer_solver
 from tncompress.layer_solver import Partners, Solver, collect
 from tncompress.layers import TNConv
 
@@ -171,6 +171,14 @@ def test_batches_may_be_cut_as_one_likes(sizes):
     whole = tnc.repair(small, dense, x.split(12))
     parts = tnc.repair(small, dense, x.split(sizes))
     assert_close(parts(x), whole(x), rtol=1e-5, atol=1e-6)
+
+
+def test_small_batches_of_one_shape_are_joined():
+    xs = [*images(*[1] * 40), torch.randn(3, 3, 9, 9), torch.randn(64, 3, 9, 9), torch.randn(1, 3, 9, 9)]
+    found = list(front_to_back._joined(xs))
+    assert [len(x) for x in found] == [32, 8, 3, 64, 1]
+    assert_close(torch.cat(found[:2]), torch.cat(xs[:40]))
+    assert list(front_to_back._joined([])) == []
 
 
 def test_of_many_pixels_each_image_gives_some_whatever_the_batches(monkeypatch):

@@ -21,6 +21,8 @@ from tncompress.tables import progress_bar
 
 MATRICES = 8
 """How many matrices of the size of the moments are alive at once while a layer is solved for."""
+JOINED = 32
+"""Batches of fewer images are joined up to so many."""
 
 
 def partners(small: nn.Module, dense: nn.Module, names: Iterable[str]) -> dict[str, Partners]:
@@ -81,7 +83,7 @@ def solve_front_to_back(
             tick(name)
 
         layers = {name: (pair.layer, pair.dense) for name, pair in todo.items()}
-        in_lockstep(small, dense, layers, _first_images(images, room), visit)
+        in_lockstep(small, dense, layers, _joined(_first_images(images, room)), visit)
     missed = {name: LayerRepair(name, reason="no batch reaches it in both models") for name in pairs}
     return [(missed | done)[name] for name in (*todo, *(name for name in pairs if name not in todo))]
 
@@ -163,3 +165,16 @@ def _first_images(images: Iterable[Tensor], room: int) -> Iterator[Tensor]:
         room -= len(x)
         if room <= 0:
             return
+
+
+def _joined(images: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the same images with small batches of one shape joined, since each batch takes two threads."""
+    held: list[Tensor] = []
+    for x in images:
+        alike = held and (held[0].shape[1:], held[0].dtype) == (x.shape[1:], x.dtype)
+        if held and not (alike and sum(map(len, held)) + len(x) <= JOINED):
+            yield torch.cat(held)
+            held = []
+        held.append(x)
+    if held:
+        yield torch.cat(held)
