@@ -141,7 +141,7 @@ def test_no_layer_of_a_network_is_worse_afterwards(make, format, factors):
 def test_it_is_the_slow_loop_of_a_whole_pass_for_each_layer():
     dense, xs = Residual().double().eval(), images(5, 11)
     small = compressed(dense, "svd")
-    fast = tnc.repair(small, dense, xs, batchnorm=False, classifier=False)
+    fast = tnc.repair(small, dense, xs, batchnorm=False)
     slow = copy.deepcopy(small)
     norms = {"a": (slow.norm, dense.norm)}
     for name in ("stem", "a", "b", "left", "right", "depth", "up", "head"):
@@ -201,7 +201,7 @@ def test_means_are_the_dense_ones_by_bias_or_by_batchnorm():
     with torch.no_grad():
         dense[3].running_mean.normal_()
     small = compressed(dense, "svd", 0.2)
-    mended = tnc.repair(small, dense, xs, batchnorm=False, classifier=False)
+    mended = tnc.repair(small, dense, xs, batchnorm=False)
     for index in (0, 3, 5):  # a bias, a BatchNorm behind a layer without, a bias
         found, wanted = mended[: index + 1](xs[0]), dense[: index + 1](xs[0])
         assert_close(found.mean((0, 2, 3)), wanted.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
@@ -210,7 +210,7 @@ def test_means_are_the_dense_ones_by_bias_or_by_batchnorm():
 def test_without_bias_and_batchnorm_neither_changes():
     dense = chain().double().eval()
     small = compressed(dense, "svd", 0.2)
-    mended = tnc.repair(small, dense, images(16), bias=False, batchnorm=False, classifier=False)
+    mended = tnc.repair(small, dense, images(16), bias=False, batchnorm=False)
     assert torch.equal(mended[0].bias, small[0].bias)
     assert torch.equal(mended[3].running_mean, small[3].running_mean)
     for layer in errors(mended.tncompress_repair).values():
@@ -254,7 +254,7 @@ def test_layers_whose_moments_are_too_large_get_their_means_alone():
     dense = nn.Sequential(nn.Linear(300, 4), nn.ReLU(), nn.Linear(4, 3)).double().eval()
     small = compressed(dense, "svd", 0.5)
     x = torch.randn(20, 300, dtype=torch.float64) + 1
-    mended = tnc.repair(small, dense, [x], memory_limit=3_000_000, batchnorm=False, classifier=False)
+    mended = tnc.repair(small, dense, [x], memory_limit=3_000_000, batchnorm=False)
     found = mended.tncompress_repair.layers[0]
     assert "too much for the memory limit" in found.reason
     assert_close(mended[0](x).mean(0), dense[0](x).mean(0))
@@ -265,8 +265,8 @@ def test_the_classifier_is_solved_for_where_it_stayed_dense():
     dense, xs = Residual().double().eval(), images(64)
     small = tnc.compress(dense, {"default": {"format": "svd", "rank": {"params_ratio": 0.15}}})
     assert isinstance(small.head, nn.Linear)
-    plain = tnc.repair(small, dense, xs, classifier=False)
-    mended = tnc.repair(small, dense, xs)
+    plain = tnc.repair(small, dense, xs)
+    mended = tnc.repair(small, dense, xs, classifier=True)
     assert not torch.equal(mended.head.weight, small.head.weight)
     assert torch.equal(plain.head.weight, small.head.weight)
     assert float((mended(xs[0]) - dense(xs[0])).norm()) < float((plain(xs[0]) - dense(xs[0])).norm())
@@ -274,7 +274,7 @@ def test_the_classifier_is_solved_for_where_it_stayed_dense():
 
 def test_a_report_prints_and_is_plain_data():
     dense = chain().double().eval()
-    report = tnc.repair(compressed(dense, "mps"), dense, images(16)).tncompress_repair
+    report = tnc.repair(compressed(dense, "mps"), dense, images(16), classifier=True).tncompress_repair
     plain = json.loads(json.dumps(report.to_dict()))
     assert [step["name"] for step in plain["steps"]] == ["least squares", "BatchNorm", "classifier"]
     assert plain["images"] == 16
