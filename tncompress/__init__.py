@@ -18,7 +18,7 @@ from tncompress.layers import TNConv
 from tncompress.measure import evaluate
 from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
-from tncompress.repair import repair
+from tncompress.repair import RepairReport, repair
 from tncompress.report import Report, report
 from tncompress.responses import Sensitivity
 from tncompress.sensitivity import quick_sensitivity, sensitivity
@@ -57,6 +57,7 @@ __all__ = [
     "ParamsRatio",
     "Plan",
     "RelError",
+    "RepairReport",
     "Report",
     "Rule",
     "Sensitivity",

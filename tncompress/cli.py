@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,14 @@ DenseOption = Annotated[
     Path | None,
     typer.Option("--weights", help="The dense model's weights; default: those given to compress."),
 ]
+
+
+class Solved(StrEnum):
+    """Which factors ``repair`` solves for."""
+
+    all = "all"
+    last = "last"
+    none = "none"
 
 
 @app.command()
@@ -317,6 +326,18 @@ def repair(
     model: ModelForFolder = None,
     weights: DenseOption = None,
     images: Annotated[int, typer.Option("--images", min=1, help="How many unlabelled images to use.")] = 1024,
+    least_squares: Annotated[
+        Solved, typer.Option(help="Factors to solve for, layer by layer: all, last or none.")
+    ] = Solved.all,
+    bias: Annotated[bool, typer.Option(help="Make mean outputs those of the dense layers.")] = True,
+    batchnorm: Annotated[bool, typer.Option(help="Take BatchNorm statistics again.")] = True,
+    classifier: Annotated[bool, typer.Option(help="Solve for the last linear layer.")] = False,
+    ridge: Annotated[
+        float | None, typer.Option(min=0, help="Pull towards the dense kernels; default: by the data.")
+    ] = None,
+    memory: Annotated[
+        float, typer.Option(min=0.001, help="Gigabytes that activations and moments may take.")
+    ] = 4.0,
     data_dir: cli.DataDirOption = None,
     device: cli.DeviceOption = "auto",
     seed: cli.SeedOption = 0,
@@ -324,7 +345,10 @@ def repair(
     overwrite: cli.OverwriteOption = False,
     debug: cli.DebugOption = False,
 ) -> None:
-    """Bring accuracy back without labels: biases and BatchNorm statistics from a few images.
+    """Bring accuracy back without labels or gradients, from a few images.
+
+    Layers are solved one after another, on what the compressed network really feeds them, for the dense
+    outputs. Prints what each step brought back.
 
     Example: `tncompress repair small --data digits --out repaired`
     """
@@ -332,10 +356,27 @@ def repair(
     where, loaded = cli.pick_device(device), cli.load_data(data, data_dir=data_dir)
     small, dense, origin = _open(folder, model, weights, where)
     before = measure_accuracy(small, loaded.test_loader()).accuracy
-    mended = tnc.repair(small, dense, loaded.calibration_loader(images, seed=seed))
+    asked: Any = False if least_squares is Solved.none else least_squares.value
+    mended: Any = tnc.repair(
+        small,
+        dense,
+        loaded.calibration_loader(images, seed=seed),
+        least_squares=asked,
+        bias=bias,
+        batchnorm=batchnorm,
+        classifier=classifier,
+        ridge=ridge,
+        memory_limit=int(memory * 2**30),
+        progress=not as_json,
+    )
     after = measure_accuracy(mended, loaded.test_loader()).accuracy
     tnc.save(mended.cpu(), out, **origin, overwrite=overwrite)
-    cli.show({"accuracy_before": before, "accuracy": after, "saved": str(out)}, as_json=as_json)
+    done = {"accuracy_before": before, "accuracy": after, "saved": str(out)}
+    if as_json:
+        done["repair"] = mended.tncompress_repair.to_dict()
+    else:
+        cli.show(mended.tncompress_repair, as_json=False)
+    cli.show(done, as_json=as_json)
 
 
 @app.command()
