@@ -78,7 +78,7 @@ def _plan_layer(
     layer: Layer, settings: Settings, spec: Spec, calls: Calls | None
 ) -> tuple[LayerPlan, Fit | None] | str:
     """Return the plan of one layer with its fit, or the reason why it stays dense."""
-    weight, geometry, format = layer.weight(), layer.geometry, settings.format
+    weight, geometry, format = layer.weight(), layer.geometry, settings.one_format
     where = describe(layer.name, weight)
     if not weight.is_meta and not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{where} holds NaN or infinity: mend the weights, or keep the layer dense")

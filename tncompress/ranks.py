@@ -54,7 +54,7 @@ def choose(kernels: Tensor, settings: Settings, *, limit: int | float) -> tuple[
     ``ValueError``. Of kernels on the meta device there is no fit, nor a policy on the error: their ranks are
     those of kernels with flat spectra.
     """
-    format, policy = settings.format, settings.rank
+    format, policy = settings.one_format, settings.rank
     groups, *shape = kernels.shape
     if isinstance(policy, FixedRank):
         ranks = _fixed(format, tuple(shape), policy)
@@ -90,7 +90,7 @@ def _check_size(
 
 def _spectral(kernels: Tensor, settings: Settings, policy: Entropy | EVBMF) -> Ranks:
     """Return the ranks that each bond's own spectrum asks for, on the grid of ``settings``."""
-    format, shape = settings.format, tuple(kernels.shape[1:])
+    format, shape = settings.one_format, tuple(kernels.shape[1:])
     tops = format.max_ranks(shape)
     spectra = format.spectra_of_groups(kernels)
     if spectra is None:  # one bond, which lies on every cut: the largest that a leg asks for
@@ -152,7 +152,7 @@ class RankPath:
     """The candidate ranks for a stack of kernels, numbered from the smallest to the full ones."""
 
     def __init__(self, kernels: Tensor, settings: Settings) -> None:
-        self.kernels, self.format, self.shape = kernels, settings.format, tuple(kernels.shape[1:])
+        self.kernels, self.format, self.shape = kernels, settings.one_format, tuple(kernels.shape[1:])
         self.params = _params_function(self.format, self.shape, len(kernels))
         self.grids = [_grid(top, settings) for top in self.format.max_ranks(self.shape)]
         spectra = self.format.spectra_of_groups(kernels)
@@ -190,6 +190,11 @@ class RankPath:
 
     def largest_within(self, limit: int | float) -> tuple[Ranks, Fit | None]:
         """Return the last ranks with at most ``limit`` parameters, bonds raised to fill it, and the fit."""
+        ranks = self.ranks_within(limit)
+        return ranks, _fit(self.format, self.kernels, ranks)
+
+    def ranks_within(self, limit: int | float) -> Ranks:
+        """Return the ranks of :meth:`largest_within` without fitting them."""
         index = bisect_right(range(len(self)), limit, key=lambda i: self.params(self[i])) - 1
         if index < 0:
             least = self[0]
@@ -197,8 +202,7 @@ class RankPath:
                 f"the smallest ranks {least} of {self.format} hold {self.params(least):,} parameters, "
                 f"allowed {int(limit):,}"
             )
-        ranks = self._filled(self[index], limit)
-        return ranks, _fit(self.format, self.kernels, ranks)
+        return self._filled(self[index], limit)
 
     def smallest_reaching(self, error: float, limit: int | float) -> tuple[Ranks, Fit]:
         """Return the first ranks whose relative error is at most ``error``, with the fit there."""
@@ -221,7 +225,7 @@ class RankPath:
         """Return the first ranks whose tails keep to ``error``, tightened by what a short dtype adds."""
         allowed = error**2
         while allowed >= 0:
-            index = bisect_left(indices, True, key=lambda i: self._bound(self[i]) <= allowed)
+            index = bisect_left(indices, True, key=lambda i: self.bound(self[i]) <= allowed)
             if index == len(indices):
                 return None
             fit = self.format.fit_groups(self.kernels, self[index])
@@ -231,7 +235,7 @@ class RankPath:
             allowed -= max(1.1 * excess, 0.01 * error**2)
         return None
 
-    def _bound(self, ranks: Ranks) -> float:
+    def bound(self, ranks: Ranks) -> float:
         """Return the sum of the discarded weights, relative: it bounds the squared error."""
         assert self.tails is not None
         total = self.tails[0][0] or 1.0
