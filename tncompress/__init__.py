@@ -15,12 +15,13 @@ from tncompress.formats import CP, MPS, SVD, Format, Tucker, register_format
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
 from tncompress.measure import evaluate
-from tncompress.plan import LayerPlan, Plan, Skip
+from tncompress.plan import BudgetReport, LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
 from tncompress.repair import repair
 from tncompress.report import Report, report
 from tncompress.spec import (
     EVBMF,
+    Budget,
     Energy,
     Entropy,
     FixedRank,
@@ -41,6 +42,8 @@ __all__ = [
     "EVBMF",
     "MPS",
     "SVD",
+    "Budget",
+    "BudgetReport",
     "ConvGeometry",
     "Cut",
     "Energy",

@@ -101,15 +101,47 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class BudgetReport:
+    """How a plan keeps its budget: for each resource the fraction of the dense model asked for and reached.
+
+    ``loss`` is what the choice was predicted to lose, summed over the layers under the budget; ``fitted`` is
+    that sum by the fits that were then made. No choice among the candidates within the budget loses less
+    than ``bound``, that of the relaxed problem. ``measure`` says what a loss is: a squared relative ``kernel
+    error``, ``layer output`` error or ``network output`` error.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FROM_FILE
+
+    asked: dict[str, float]
+    reached: dict[str, float]
+    loss: float
+    bound: float
+    fitted: float | None
+    measure: str
+
+    @property
+    def gap(self) -> float:
+        """How much more than the bound the choice loses."""
+        return self.loss - self.bound
+
+    def __str__(self) -> str:
+        kept = ", ".join(f"{name} {self.reached[name]:.4f} of {most:.4g}" for name, most in self.asked.items())
+        fitted = f", {self.fitted:.4g} as fitted" if self.fitted is not None else ""
+        return f"budget: {kept}; loss ({self.measure}) {self.loss:.4g}, at least {self.bound:.4g}{fitted}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """The decisions for every convolution and linear layer of a model, in its order.
 
-    ``print(plan)`` shows a table. ``params_model`` counts all parameters of the dense model.
+    ``print(plan)`` shows a table. ``params_model`` counts all parameters of the dense model. ``budget`` says
+    how the budget is kept, if the spec has one.
     """
 
     layers: tuple[LayerPlan | Skip, ...]
     spec: Spec
     params_model: int
+    budget: BudgetReport | None = None
     fits: dict[str, Fit] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -141,10 +173,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values: no weights, no factors."""
+        budget = {"budget": dict(vars(self.budget))} if self.budget is not None else {}
         return {
             "version": 1,
             "spec": self.spec.to_dict(),
             "params_model": self.params_model,
+            **budget,
             "compressed": [layer.to_dict() for layer in self.compressed],
             "skipped": [layer.to_dict() for layer in self.skipped],
             "order": [layer.name for layer in self.layers],
@@ -165,7 +199,7 @@ class Plan:
         if sorted(described.order) != sorted(entry.name for entry in entries) or len(found) < len(entries):
             raise ValueError("this is no plan: its order does not name each of its layers once")
         layers = tuple(found[name] for name in described.order)
-        return cls(layers, Spec.parse(described.spec), described.params_model)
+        return cls(layers, Spec.parse(described.spec), described.params_model, described.budget)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -193,7 +227,10 @@ class Plan:
         from rich.table import Table
 
         table = Table(
-            title=f"{len(self.compressed)} of {len(self.layers)} layers compressed", title_justify="left"
+            title=f"{len(self.compressed)} of {len(self.layers)} layers compressed",
+            title_justify="left",
+            caption=str(self.budget) if self.budget is not None else None,
+            caption_justify="left",
         )
         for column in ("layer", "kernel", "format", "ranks"):
             table.add_column(column, overflow="fold")
@@ -217,6 +254,7 @@ class _PlanFile(BaseModel):
     version: Literal[1] = 1
     spec: dict[str, Any]
     params_model: int = Field(ge=0)
+    budget: BudgetReport | None = None
     compressed: tuple[LayerPlan, ...]
     skipped: tuple[Skip, ...]
     order: tuple[str, ...]

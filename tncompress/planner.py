@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tncompress.contraction import chain_macs, dense_macs, macs_ratio
+from tncompress.budgeting import allot, check_budget, under_budget
+from tncompress.candidates import Candidate, Judge
+from tncompress.costs import Calls, excess_of_macs, layer_macs, stages_macs
 from tncompress.discovery import Layer, find_layers, refuse_wrapped
-from tncompress.formats import Fit, Stage
-from tncompress.geometry import ConvGeometry
-from tncompress.layers import TNConv
+from tncompress.formats import Fit, Format
 from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.ranks import NoRanks, choose
 from tncompress.running import input_shapes
 from tncompress.spec import KEEP_DENSE, Rule, Settings, Spec, matches_any
 from tncompress.tables import watched
-
-Calls = Sequence[tuple[int, ...]]
 
 
 def make_plan(
@@ -41,31 +40,47 @@ def make_plan(
     ``ValueError`` that names the layer; so is a model inside of a wrapper (``torch.compile``, DDP). A model
     on the meta device can be planned with the policies ``fixed`` and ``params_ratio``: ranks are then those
     of flat spectra, and errors unknown.
+
+    With a budget in the spec, formats and ranks are chosen for all layers together, and the plan's ``budget``
+    says how it is kept. One on MACs or latency needs ``example_inputs``; one that can't be met is a
+    ``ValueError``.
     """
     spec = Spec.parse(spec)
     refuse_wrapped(model)
+    if spec.budget is not None:
+        check_budget(spec.budget, example_inputs)
     layers = find_layers(model, spec.include)
     kept = _kept_dense(spec, layers)
     modules = {layer.name: layer.module for layer in layers}
     calls = input_shapes(model, modules, example_inputs) if example_inputs is not None else {}
-    decided: list[LayerPlan | Skip] = []
-    fits: dict[str, Fit] = {}
+    made: dict[str, tuple[LayerPlan, Fit | None] | Skip] = {}
     for layer in watched(layers, "planning", show=progress):
         rule = spec.rule_for(layer.names)
         reason = layer.obstacle or kept.get(layer.name)
         if reason is None and isinstance(rule, Rule) and rule.keep_dense:
             reason = f"kept dense by the rule '{rule.pattern}'"
-        if reason is None:
-            made = _plan_layer(layer, rule, spec, calls.get(layer.name))
-            if isinstance(made, tuple):
-                planned, fit = made
-                decided.append(planned)
-                if fit is not None:
-                    fits[layer.name] = fit
-                continue
-            reason = made
-        decided.append(_skip(layer, reason, calls.get(layer.name)))
-    return Plan(tuple(decided), spec, sum(p.numel() for p in model.parameters()), fits)
+        if reason is not None:
+            made[layer.name] = _skip(layer, reason, calls.get(layer.name))
+        elif under_budget(spec, rule):
+            _check_weight(layer, needed=True)
+        else:
+            made[layer.name] = _plan_layer(layer, rule, spec, calls.get(layer.name))
+    report = None
+    if spec.budget is not None:
+        judge = Judge()
+        decided = {name: one if isinstance(one, Skip) else one[0] for name, one in made.items()}
+        chosen, report = allot(
+            model, layers, decided, spec, judge, calls=calls, example_inputs=example_inputs, progress=progress
+        )
+        open_layers = [layer for layer in layers if layer.name in chosen]
+        for layer in watched(open_layers, "fitting", show=progress):
+            made[layer.name] = _carry_out(layer, chosen[layer.name], judge, calls.get(layer.name))
+        errors = {name: one[1].loss for name in chosen if isinstance(one := made[name], tuple) and one[1]}
+        report = replace(report, fitted=sum(judge.loss(name, error) for name, error in errors.items()))
+    decisions = [(layer.name, made[layer.name]) for layer in layers]
+    fits = {name: one[1] for name, one in decisions if isinstance(one, tuple) and one[1] is not None}
+    planned = tuple(one if isinstance(one, Skip) else one[0] for _, one in decisions)
+    return Plan(planned, spec, sum(p.numel() for p in model.parameters()), report, fits)
 
 
 def digest_of(kernel: Tensor) -> str:
@@ -76,36 +91,45 @@ def digest_of(kernel: Tensor) -> str:
 
 def _plan_layer(
     layer: Layer, settings: Settings, spec: Spec, calls: Calls | None
-) -> tuple[LayerPlan, Fit | None] | str:
-    """Return the plan of one layer with its fit, or the reason why it stays dense."""
+) -> tuple[LayerPlan, Fit | None] | Skip:
+    """Return the plan of one layer by its own policy, with its fit; or why it stays dense."""
     weight, geometry, format = layer.weight(), layer.geometry, settings.one_format
-    where = describe(layer.name, weight)
-    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{where} holds NaN or infinity: mend the weights, or keep the layer dense")
+    where = _check_weight(layer)
     try:
         format.max_ranks(geometry.kernel_shape)
     except ValueError as error:
-        return str(error)
+        return _skip(layer, str(error), calls)
     limit = math.inf if spec.allow_larger else layer.params - 1
     try:
         with memory_for(where):
             ranks, fit = choose(geometry.kernels(weight), settings, limit=limit)
     except NoRanks as reason:
-        return str(reason)
+        return _skip(layer, str(reason), calls)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     stages = format.stages(geometry.kernel_shape, ranks)
-    now = layer.module.stages if isinstance(layer.module, TNConv) else None
-    more = macs_ratio(geometry, stages) / (macs_ratio(geometry, now) if now else 1)
-    if not spec.allow_larger and more >= 1:
-        return f"{format} at ranks {ranks} would take {more:.2f}x the {'present' if now else 'dense'} MACs"
-    macs = macs_dense = None
-    if calls is not None:
-        macs, macs_dense = _chain_macs(geometry, stages, calls), _layer_macs(layer, calls)
-        if not spec.allow_larger and macs >= macs_dense > 0:
-            excess = f"{macs / macs_dense:.2f}x the {'present' if now else 'dense'} MACs"
-            return f"{format} at ranks {ranks} would take {excess} on the example inputs"
-    planned = LayerPlan(
+    if not spec.allow_larger and (excess := excess_of_macs(layer, stages, calls)):
+        return _skip(layer, f"{format} at ranks {ranks} {excess}", calls)
+    return _layer_plan(layer, format, ranks, fit, calls), fit
+
+
+def _carry_out(
+    layer: Layer, chosen: Candidate, judge: Judge, calls: Calls | None
+) -> tuple[LayerPlan, Fit | None] | Skip:
+    """Return the plan of one layer under a budget, with the fit of what was chosen for it."""
+    if chosen.format is None:
+        return _skip(layer, "the budget leaves it dense", calls)
+    with memory_for(describe(layer.name, layer.weight())):
+        fit = judge.fit(layer.name, layer.geometry.kernels(layer.weight()), chosen.format, chosen.ranks)
+    return _layer_plan(layer, chosen.format, chosen.ranks, fit, calls), fit
+
+
+def _layer_plan(
+    layer: Layer, format: Format, ranks: tuple[int, ...], fit: Fit | None, calls: Calls | None
+) -> LayerPlan:
+    geometry = layer.geometry
+    stages = format.stages(geometry.kernel_shape, ranks)
+    return LayerPlan(
         names=layer.names,
         kind=layer.kind,
         geometry=geometry,
@@ -114,11 +138,21 @@ def _plan_layer(
         rel_error=fit.rel_error if fit is not None else None,
         params=format.num_params(geometry.kernel_shape, ranks, geometry.groups),
         params_dense=layer.params,
-        macs=macs,
-        macs_dense=macs_dense,
-        digest=digest_of(weight) if fit is not None else None,
+        macs=stages_macs(geometry, stages, calls) if calls is not None else None,
+        macs_dense=layer_macs(layer, calls) if calls is not None else None,
+        digest=digest_of(layer.weight()) if fit is not None else None,
     )
-    return planned, fit
+
+
+def _check_weight(layer: Layer, *, needed: bool = False) -> str:
+    """Return how errors speak of the layer; weights with NaN or infinity are one, and missing ones that are needed."""
+    weight = layer.weight()
+    where = describe(layer.name, weight)
+    if weight.is_meta and needed:
+        raise ValueError(f"{where} is on the meta device, and a budget needs its weights: load them")
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{where} holds NaN or infinity: mend the weights, or keep the layer dense")
+    return where
 
 
 def describe(name: str, weight: Tensor) -> str:
@@ -140,29 +174,8 @@ def memory_for(where: str) -> Iterator[None]:
 
 
 def _skip(layer: Layer, reason: str, calls: Calls | None) -> Skip:
-    macs = _layer_macs(layer, calls) if calls is not None else None
+    macs = layer_macs(layer, calls) if calls is not None else None
     return Skip(layer.names, layer.kind, layer.geometry.weight_shape, reason, layer.params, macs)
-
-
-def _layer_macs(layer: Layer, calls: Calls) -> int:
-    """Return the multiply-accumulates of a layer as it is, dense or compressed, over its calls."""
-    geometry = layer.geometry
-    if isinstance(layer.module, TNConv):
-        return _chain_macs(geometry, layer.module.stages, calls)
-    sizes = [_samples_and_lengths(shape, geometry.ndim) for shape in calls]
-    return sum(dense_macs(geometry, lengths, samples) for samples, lengths in sizes)
-
-
-def _chain_macs(geometry: ConvGeometry, stages: Sequence[Stage], calls: Calls) -> int:
-    sizes = [_samples_and_lengths(shape, geometry.ndim) for shape in calls]
-    return sum(chain_macs(geometry, stages, lengths, samples) for samples, lengths in sizes)
-
-
-def _samples_and_lengths(shape: tuple[int, ...], ndim: int) -> tuple[int, tuple[int, ...]]:
-    """Return the number of samples and the spatial size of an input, batched or not."""
-    if ndim == 0:
-        return math.prod(shape[:-1]), ()
-    return (shape[0] if len(shape) == ndim + 2 else 1), shape[len(shape) - ndim :]
 
 
 def _kept_dense(spec: Spec, layers: list[Layer]) -> dict[str, str]:

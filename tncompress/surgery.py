@@ -72,7 +72,7 @@ def compress(
         made[planned.name] = _build(layer, planned, plan)
     replace_all_(target, {name: new for planned, new in made.values() for name in planned.names})
     layers = tuple(made[layer.name][0] if layer.name in made else layer for layer in plan.layers)
-    cast(Any, target).tncompress_plan = Plan(layers, plan.spec, plan.params_model)
+    cast(Any, target).tncompress_plan = replace(plan, layers=layers, fits={})
     return target
 
 

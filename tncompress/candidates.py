@@ -1,0 +1,171 @@
+"""What a layer could become under a budget: formats and ranks, each with its loss and its costs.
+
+On the path of ranks of each format (:class:`tncompress.ranks.RankPath`) candidates lie at parameter ratios in
+geometric steps. A few of them are fitted, or their fits estimated; the losses of the others are
+interpolated. Where bonds have spectra, what is interpolated is the ratio of the squared error to the bound
+that the spectra give, which hardly changes along a path; a format of one bond needs no fit at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from tncompress.costs import Calls, excess_of_macs, layer_macs, stages_macs, weight_bytes
+from tncompress.discovery import Layer
+from tncompress.formats import Fit, Format
+from tncompress.latency import Clock
+from tncompress.ranks import NoRanks, RankPath, Ranks
+from tncompress.spec import Settings
+
+RATIOS = np.geomspace(0.95, 0.004, 24).tolist()
+"""Parameters of the candidates, over those of the dense kernel, as far as ranks allow; the smallest join."""
+
+FITS, LARGEST_FIT = 4, 0.5
+"""How many fits a path gets, and at most at which parameter ratio: fits of large ranks cost the most."""
+
+FLOOR = 1e-16
+"""A squared relative error that counts as none."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer in a format at some ranks, or left as it is (no format); what is not counted is None."""
+
+    format: Format | None
+    ranks: Ranks
+    loss: float
+    params: int
+    bytes: int
+    macs: int | None
+    latency: float | None
+
+
+class Judge:
+    """By what candidates are judged, and how they are fitted: here the relative error of the kernel, squared.
+
+    ``measure`` says what a loss measures. With ``tails_are_errors`` the discarded weight of a format of one
+    bond is its squared error.
+    """
+
+    measure = "kernel error"
+    tails_are_errors = True
+
+    def path(self, name: str, kernels: Tensor, settings: Settings) -> RankPath:
+        """Return the path of ranks of the layer ``name``."""
+        return RankPath(kernels, settings)
+
+    def estimate(self, name: str, kernels: Tensor, format: Format, ranks: Ranks) -> float:
+        """Return about the error that :meth:`fit` would reach."""
+        return format.estimate(kernels, ranks)
+
+    def fit(self, name: str, kernels: Tensor, format: Format, ranks: Ranks) -> Fit:
+        """Return the fit with which the layer is compressed."""
+        return format.fit_groups(kernels, ranks)
+
+    def loss(self, name: str, error: float) -> float:
+        """Return what an error of the layer ``name`` adds to the loss of the whole model."""
+        return error**2
+
+
+def candidates_of(
+    layer: Layer,
+    settings: Settings,
+    judge: Judge,
+    *,
+    calls: Calls | None = None,
+    clock: Clock | None = None,
+    allow_larger: bool = False,
+) -> list[Candidate]:
+    """Return what ``layer`` could become: first the layer as it is, then every format at its ranks.
+
+    Without ``allow_larger`` candidates have fewer parameters and MACs than the layer now.
+    """
+    shape, groups, bytes_each = layer.geometry.kernel_shape, layer.geometry.groups, layer.weight().itemsize
+    found = [dense_candidate(layer, calls, clock)]
+    for format, ranks, error in _with_errors(layer, settings, judge):
+        params = format.num_params(shape, ranks, groups)
+        stages = format.stages(shape, ranks)
+        if not allow_larger and (params >= layer.params or excess_of_macs(layer, stages, calls)):
+            continue
+        found.append(
+            Candidate(
+                format=format,
+                ranks=ranks,
+                loss=judge.loss(layer.name, error),
+                params=params,
+                bytes=params * bytes_each,
+                macs=stages_macs(layer.geometry, stages, calls) if calls is not None else None,
+                latency=clock.chain(layer, stages, calls) if clock and calls is not None else None,
+            )
+        )
+    return found
+
+
+def dense_candidate(layer: Layer, calls: Calls | None, clock: Clock | None) -> Candidate:
+    """Return ``layer`` as it is, which loses nothing."""
+    return Candidate(
+        format=None,
+        ranks=(),
+        loss=0.0,
+        params=layer.params,
+        bytes=weight_bytes(layer),
+        macs=layer_macs(layer, calls) if calls is not None else None,
+        latency=clock.layer(layer, calls) if clock and calls is not None else None,
+    )
+
+
+def _with_errors(layer: Layer, settings: Settings, judge: Judge) -> Iterator[tuple[Format, Ranks, float]]:
+    """Yield every format at its ranks with the error there; of formats that are one on this kernel, the first."""
+    kernels, shape = layer.geometry.kernels(layer.weight()), layer.geometry.kernel_shape
+    seen = set()
+    for format in settings.formats:
+        try:
+            format.max_ranks(shape)
+        except ValueError:  # the kernel has no such legs
+            continue
+        network = format.network(shape)
+        if network in seen:
+            continue
+        seen.add(network)
+        first = judge.path(layer.name, kernels, settings.model_copy(update={"format": format}))
+        for path in first.with_variants():
+            ranks = ranks_along(path)
+            estimate = lambda r, format=format: judge.estimate(layer.name, kernels, format, r)  # noqa: E731
+            errors = errors_along(path, ranks, estimate, tails_are_errors=judge.tails_are_errors)
+            yield from zip([format] * len(ranks), ranks, errors, strict=True)
+
+
+def ranks_along(path: RankPath) -> list[Ranks]:
+    """Return the smallest ranks of a path and those that fill :data:`RATIOS`, the smallest first."""
+    found = {path[0]}
+    for ratio in RATIOS:
+        try:
+            found.add(path.ranks_within(ratio * path.kernels.numel()))
+        except NoRanks:
+            break
+    return sorted(found, key=path.params)
+
+
+def errors_along(
+    path: RankPath, ranks: Sequence[Ranks], estimate: Callable[[Ranks], float], *, tails_are_errors: bool
+) -> list[float]:
+    """Return the relative error at each of ``ranks``, which grow: it never rises along them."""
+    guide = np.array([path.bound(each) if path.tails is not None else 1.0 for each in ranks])
+    guide = np.maximum(guide, FLOOR)
+    if path.tails is not None and len(path.tails) == 1 and tails_are_errors:
+        return np.sqrt(guide).tolist()
+    sizes = np.log([path.params(each) for each in ranks])
+    top = np.log(LARGEST_FIT * path.kernels.numel())
+    last = max(0, int(np.searchsorted(sizes, top, side="right")) - 1)
+    at = np.unique(np.linspace(0, last, FITS).round().astype(int))
+    squares = np.array([max(estimate(ranks[i]) ** 2, FLOOR) for i in at])
+    factors = np.log(squares / guide[at])
+    logs = np.interp(sizes, sizes[at], factors)
+    if path.tails is None and len(at) > 1:  # nothing else says how the error falls beyond the last fit
+        slope = min(0.0, (factors[-1] - factors[-2]) / (sizes[at[-1]] - sizes[at[-2]]))
+        logs += slope * np.maximum(sizes - sizes[at[-1]], 0.0)
+    return np.sqrt(np.minimum.accumulate(np.exp(logs) * guide)).tolist()
