@@ -66,7 +66,9 @@ def allot(
     now = {layer.name: dense_candidate(layer, calls.get(layer.name), clock) for layer in layers}
     dense = _dense_totals(model, now.values(), asked, clock, example_inputs)
     limits = np.array([fraction * total for fraction, total in zip(asked.values(), dense, strict=True)])
-    fixed = [_share(layer, decided[layer.name], asked, calls, clock) for layer in layers if layer.name in decided]
+    fixed = [
+        _share(layer, decided[layer.name], asked, calls, clock) for layer in layers if layer.name in decided
+    ]
     held = [sum(values) for values in zip(*(_costs(one, asked) for one in now.values()), strict=True)]
     rest = tuple(total - part for total, part in zip(dense, held, strict=True))
     fixed.append(Share("", "the rest of the model", rest))
@@ -79,7 +81,10 @@ def allot(
 
 
 def _solve(
-    offers: Sequence[Sequence[Candidate]], fixed: Iterable[Share], asked: Mapping[str, float], limits: np.ndarray
+    offers: Sequence[Sequence[Candidate]],
+    fixed: Iterable[Share],
+    asked: Mapping[str, float],
+    limits: np.ndarray,
 ) -> Solution | Infeasible:
     """Return the choice of the knapsack, in which all that is fixed is one more layer, the last."""
     losses = [np.array([candidate.loss for candidate in each]) for each in offers]
@@ -111,7 +116,9 @@ def _dense_totals(
             if resource == "latency" and clock:
                 total = clock.model(model, example_inputs, total)
             if not total:
-                raise ValueError(f"a budget on {resource} needs layers that the example inputs reach, got none")
+                raise ValueError(
+                    f"a budget on {resource} needs layers that the example inputs reach, got none"
+                )
             totals.append(total)
     return totals
 
@@ -187,8 +194,8 @@ def check_budget(budget: Budget, example_inputs: Any) -> None:
     for resource in ("macs", "latency"):
         if resource in budget.asked and example_inputs is None:
             raise ValueError(
-                f"a budget on {resource} is kept on example inputs, got none: pass example_inputs, a tensor or "
-                "the arguments of the model"
+                f"a budget on {resource} is kept on example inputs, got none: pass example_inputs "
+                "(a tensor, or the arguments of the model)"
             )
 
 

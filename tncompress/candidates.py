@@ -21,11 +21,15 @@ from tncompress.latency import Clock
 from tncompress.ranks import NoRanks, RankPath, Ranks
 from tncompress.spec import Settings
 
-RATIOS = np.geomspace(0.95, 0.004, 24).tolist()
+RATIOS = np.geomspace(0.95, 0.004, 48).tolist()
 """Parameters of the candidates, over those of the dense kernel, as far as ranks allow; the smallest join."""
 
-FITS, LARGEST_FIT = 4, 0.5
-"""How many fits a path gets, and at most at which parameter ratio: fits of large ranks cost the most."""
+GUIDED_FITS, FITS, LARGEST_FIT = 3, 4, 0.6
+"""How many fits a path gets, with spectra and without, and at most at which parameter ratio."""
+
+LARGE = 2**19
+"""Kernels with more entries get a fit less without spectra, and at most at half that ratio: large ranks of
+large kernels cost the most."""
 
 FLOOR = 1e-16
 """A squared relative error that counts as none."""
@@ -119,7 +123,7 @@ def dense_candidate(layer: Layer, calls: Calls | None, clock: Clock | None) -> C
 
 
 def _with_errors(layer: Layer, settings: Settings, judge: Judge) -> Iterator[tuple[Format, Ranks, float]]:
-    """Yield every format at its ranks with the error there; of formats that are one on this kernel, the first."""
+    """Yield every format at its ranks with the error there; of formats alike on this kernel, the first."""
     kernels, shape = layer.geometry.kernels(layer.weight()), layer.geometry.kernel_shape
     seen = set()
     for format in settings.formats:
@@ -158,14 +162,27 @@ def errors_along(
     guide = np.maximum(guide, FLOOR)
     if path.tails is not None and len(path.tails) == 1 and tails_are_errors:
         return np.sqrt(guide).tolist()
-    sizes = np.log([path.params(each) for each in ranks])
-    top = np.log(LARGEST_FIT * path.kernels.numel())
-    last = max(0, int(np.searchsorted(sizes, top, side="right")) - 1)
-    at = np.unique(np.linspace(0, last, FITS).round().astype(int))
+    large = path.kernels.numel() > LARGE
+    roots = np.sqrt([path.params(each) / path.kernels.numel() for each in ranks])
+    top = np.sqrt(LARGEST_FIT / 2 if large else LARGEST_FIT)
+    last = max(0, int(np.searchsorted(roots, top, side="right")) - 1)
+    fits = FITS - large if path.tails is None else GUIDED_FITS
+    spread = np.linspace(np.sqrt(roots[0]), np.sqrt(roots[last]), fits)
+    at = np.unique(np.abs(np.sqrt(roots)[:, None] - spread).argmin(0))
     squares = np.array([max(estimate(ranks[i]) ** 2, FLOOR) for i in at])
-    factors = np.log(squares / guide[at])
-    logs = np.interp(sizes, sizes[at], factors)
-    if path.tails is None and len(at) > 1:  # nothing else says how the error falls beyond the last fit
-        slope = min(0.0, (factors[-1] - factors[-2]) / (sizes[at[-1]] - sizes[at[-2]]))
-        logs += slope * np.maximum(sizes - sizes[at[-1]], 0.0)
+    logs = _interpolated(roots, roots[at], np.log(squares / guide[at]), further=path.tails is None)
     return np.sqrt(np.minimum.accumulate(np.exp(logs) * guide)).tolist()
+
+
+def _interpolated(x: np.ndarray, known: np.ndarray, values: np.ndarray, *, further: bool) -> np.ndarray:
+    """Return monotone cubic interpolants of ``values``; beyond the last a constant, or a falling line.
+
+    Over the root of the parameter ratio the logarithm of an error is nearly straight.
+    """
+    from scipy.interpolate import PchipInterpolator
+
+    if len(known) == 1:
+        return np.full_like(x, values[0])
+    found = PchipInterpolator(known, values)(np.minimum(x, known[-1]))
+    slope = (values[-1] - values[-2]) / (known[-1] - known[-2]) if further else 0.0
+    return found + min(slope, 0.0) * np.maximum(x - known[-1], 0.0)

@@ -112,7 +112,7 @@ def chain_macs(
 
 
 def chain_pixels(geometry: ConvGeometry, stages: Sequence[Stage], lengths: Sequence[int]) -> list[int]:
-    """Return at how many pixels each stage applies its weight: those it puts out, transposed those it takes."""
+    """Return at how many pixels each stage applies its weight: of its output, or transposed of its input."""
     found, lengths = [], list(lengths)
     for stage in stages:
         grown = list(lengths)

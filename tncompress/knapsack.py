@@ -65,7 +65,7 @@ def solve(
     costs: Sequence[Float[ndarray, "_ k"]],
     limits: Float[ndarray, " k"],
 ) -> Solution | Infeasible:
-    """Return one candidate for each layer with the least summed loss whose summed costs are within ``limits``.
+    """Return one candidate for each layer: the least summed loss with summed costs within ``limits``.
 
     Layer number l has candidates with ``losses[l]`` and, in each of the k resources, ``costs[l]``.
 
@@ -143,7 +143,7 @@ class _Table:
 
     def fits(self, total: Float[ndarray, "*any k"]) -> ndarray:
         """Say whether summed costs are within the limits, but for rounding."""
-        return (total <= 1 + 1e-14 * len(self.losses)).all(-1)
+        return np.asarray((total <= 1 + 1e-14 * len(self.losses)).all(-1))
 
     def relaxed(self) -> tuple[Float[ndarray, " k"], Int[ndarray, " n"]]:
         """Return the multipliers of the relaxation, and a choice near its solution."""

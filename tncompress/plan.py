@@ -125,7 +125,9 @@ class BudgetReport:
         return self.loss - self.bound
 
     def __str__(self) -> str:
-        kept = ", ".join(f"{name} {self.reached[name]:.4f} of {most:.4g}" for name, most in self.asked.items())
+        kept = ", ".join(
+            f"{name} {self.reached[name]:.4f} of {most:.4g}" for name, most in self.asked.items()
+        )
         fitted = f", {self.fitted:.4g} as fitted" if self.fitted is not None else ""
         return f"budget: {kept}; loss ({self.measure}) {self.loss:.4g}, at least {self.bound:.4g}{fitted}"
 

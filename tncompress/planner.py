@@ -145,7 +145,7 @@ def _layer_plan(
 
 
 def _check_weight(layer: Layer, *, needed: bool = False) -> str:
-    """Return how errors speak of the layer; weights with NaN or infinity are one, and missing ones that are needed."""
+    """Return how errors speak of the layer; raise one for NaN, infinity, and lack of what is ``needed``."""
     weight = layer.weight()
     where = describe(layer.name, weight)
     if weight.is_meta and needed:

@@ -285,8 +285,8 @@ class Spec(BaseModel):
     ``depthwise`` convolutions; ``subclasses`` of torch's layers that do not change its forward pass;
     ``parametrized`` layers (weight norm, spectral norm), whose weight is made plain; layers that are
     ``compressed`` already, again. ``allow_larger`` lets factors hold more parameters than the kernel.
-    A ``budget`` takes the place of the default's rank policy: ranks are chosen for all layers together, but for
-    those whose rule sets a ``rank`` of its own, which they keep; what they take counts.
+    A ``budget`` takes the place of the default's rank policy: ranks are chosen for all layers together. A
+    layer whose rule sets a ``rank`` keeps to that; what it takes counts.
 
     >>> spec = Spec(default=Settings(format="tucker", rank=Energy(0.9)))
     >>> Spec.parse(spec.to_dict()) == spec

@@ -134,7 +134,7 @@ class Format(ABC):
         return Fit(tuple(factors), error / total if total > 0 else 0.0)
 
     def estimate(self, kernels: Tensor, ranks: Ranks) -> float:
-        """Return about the relative error of a fit to a stack of kernels, in less time where there is a way."""
+        """Return about the relative error of a fit to a stack of kernels, in less time if there is a way."""
         return self.fit_groups(kernels, ranks).rel_error
 
     @classmethod

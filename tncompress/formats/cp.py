@@ -159,7 +159,7 @@ def _chunk(shape: Shape, rank: int, starts: int) -> int:
 
 
 def _joint_error(errors: Tensor, norms: Tensor, peaks: Tensor) -> float:
-    """Return the relative error of all kernels together, given those of each and their norms over ``peaks``."""
+    """Return the relative error of all kernels, given those of each and their norms over ``peaks``."""
     weights = norms * (peaks / peaks.max().clamp_min(torch.finfo(peaks.dtype).smallest_normal))
     total = float(weights.norm())
     return float((weights * errors).norm()) / total if total > 0 else 0.0
