@@ -28,7 +28,7 @@ class Share:
 
     name: str
     why: str
-    costs: tuple[float, ...]
+    costs: tuple[int | float, ...]
 
 
 def allot(
@@ -93,7 +93,7 @@ def _solve(
     return solve([*losses, np.zeros(1)], [*costs, np.maximum(total, 0.0)[None]], limits)
 
 
-def _costs(candidate: Candidate, asked: Iterable[str]) -> tuple[float, ...]:
+def _costs(candidate: Candidate, asked: Iterable[str]) -> tuple[int | float, ...]:
     return tuple(getattr(candidate, resource) for resource in asked)
 
 
@@ -103,9 +103,9 @@ def _dense_totals(
     asked: Iterable[str],
     clock: Clock | None,
     example_inputs: Any,
-) -> list[float]:
+) -> list[int | float]:
     """Return what the whole model takes now of each resource that is asked for."""
-    layers, totals = list(layers), list[float]()
+    layers, totals = list(layers), list[int | float]()
     for resource in asked:
         if resource == "params":
             totals.append(sum(p.numel() for p in model.parameters()))
@@ -148,7 +148,7 @@ def _no_way(
     offers: Mapping[str, Sequence[Candidate]],
     fixed: Sequence[Share],
     asked: Mapping[str, float],
-    dense: Sequence[float],
+    dense: Sequence[int | float],
 ) -> str:
     """Return in one line how close a budget can be come to, what stands in the way, and what to try."""
     wanted = " and ".join(f"{name} {fraction:.4g}" for name, fraction in asked.items())
@@ -194,8 +194,8 @@ def check_budget(budget: Budget, example_inputs: Any) -> None:
     for resource in ("macs", "latency"):
         if resource in budget.asked and example_inputs is None:
             raise ValueError(
-                f"a budget on {resource} is kept on example inputs, got none: pass example_inputs "
-                "(a tensor, or the arguments of the model)"
+                f"a budget on {resource} is kept on example inputs, got none: pass example_inputs (on the command "
+                "line --input or --data)"
             )
 
 

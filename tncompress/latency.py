@@ -55,7 +55,7 @@ class Clock:
         """Return the seconds of all calls of ``layer`` as it is."""
         return self.chain(layer, stages_now(layer), calls)
 
-    def model(self, model: nn.Module, example_inputs: Any, layers: float) -> float:
+    def model(self, model: nn.Module, example_inputs: Any, layers: float | int) -> float:
         """Return the seconds of the whole model, given those of its ``layers``.
 
         It is measured, and no less than its layers; from the model of the machine nothing else is known.

@@ -76,7 +76,7 @@ def make_plan(
         for layer in watched(open_layers, "fitting", show=progress):
             made[layer.name] = _carry_out(layer, chosen[layer.name], judge, calls.get(layer.name))
         errors = {name: one[1].loss for name in chosen if isinstance(one := made[name], tuple) and one[1]}
-        report = replace(report, fitted=sum(judge.loss(name, error) for name, error in errors.items()))
+        report = replace(report, fitted=sum((judge.loss(name, error) for name, error in errors.items()), 0.0))
     decisions = [(layer.name, made[layer.name]) for layer in layers]
     fits = {name: one[1] for name, one in decisions if isinstance(one, tuple) and one[1] is not None}
     planned = tuple(one if isinstance(one, Skip) else one[0] for _, one in decisions)
