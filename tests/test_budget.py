@@ -184,7 +184,8 @@ def test_a_layer_that_may_stay_dense_does():
     plan = make_plan(net(), spec_of({"params": 1.0}))
     assert not plan.compressed
     assert {layer.reason for layer in plan.skipped[1:-1]} == {"the budget leaves it dense"}
-    assert (plan.budget.loss, plan.budget.bound, plan.budget.fitted) == (0, 0, 0)
+    assert (plan.budget.loss, plan.budget.fitted) == (0, 0)
+    assert plan.budget.bound == pytest.approx(0, abs=1e-12)
     assert plan.budget.reached == {"params": 1.0}
 
 
@@ -247,7 +248,7 @@ def test_formats_alike_on_a_kernel_are_tried_once():
 def test_a_budget_on_latency_is_kept_by_its_own_clock(source, monkeypatch):
     """Measured times are stood in for by modelled ones: those of a busy machine are no law."""
     monkeypatch.setattr("tncompress.latency.measured", lambda *chain, **_: modelled(*chain))
-    monkeypatch.setattr("tncompress.latency.latencies", lambda *_, **__: [Latency(1e-3, 0.0, 1)])
+    monkeypatch.setattr("tncompress.latency.latencies", lambda *_, **__: [Latency(4e-3, 0.0, 1)])
     model = nn.Sequential(*(nn.Conv2d(96, 96, 3, padding=1) for _ in range(4)))
     for layer in model:
         fade_(layer)
@@ -257,8 +258,8 @@ def test_a_budget_on_latency_is_kept_by_its_own_clock(source, monkeypatch):
     before, after = (
         sum(clock.layer(layer, [tuple(x.shape)]) for layer in find_layers(each)) for each in (model, small)
     )
-    rest = 1e-3 - before if source == "measurement" else 0.0
-    assert before < 1e-3
+    rest = 4e-3 - before if source == "measurement" else 0.0
+    assert before < 4e-3
     assert plan.compressed
     assert plan.budget.reached["latency"] <= 0.9
     assert plan.budget.reached["latency"] == pytest.approx((rest + after) / (rest + before))
@@ -346,7 +347,7 @@ def test_a_budget_needs_weights():
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(3)))
     with pytest.raises(
-        ValueError, match="layer '1' .* is on the meta device, and a budget needs its weights"
+        ValueError, match=r"layer '1' .* is on the meta device, and a budget needs its weights"
     ):
         make_plan(model, spec_of({"params": 0.5}))
 

@@ -10,7 +10,7 @@ from tncompress.knapsack import Infeasible, Solution, solve
 
 
 def drawn(rng, layers, candidates, resources, tight):
-    """Losses that fall with the costs, noisily, and limits between the least and the most that can be spent."""
+    """Losses that fall with the costs, noisily, and limits between the least and the most to be spent."""
     costs = [
         np.rint(rng.uniform(1, 1000, (candidates, 1)) * rng.uniform(0.6, 1.4, (candidates, resources)))
         for _ in range(layers)
