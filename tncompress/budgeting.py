@@ -194,8 +194,8 @@ def check_budget(budget: Budget, example_inputs: Any) -> None:
     for resource in ("macs", "latency"):
         if resource in budget.asked and example_inputs is None:
             raise ValueError(
-                f"a budget on {resource} is kept on example inputs, got none: pass example_inputs (on the command "
-                "line --input or --data)"
+                f"a budget on {resource} is kept on example inputs, got none: pass example_inputs (on the "
+                "command line --input or --data)"
             )
 
 
