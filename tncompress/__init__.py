@@ -16,7 +16,7 @@ from tncompress.formats import CP, MPS, SVD, Format, Tucker, register_format
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
 from tncompress.measure import evaluate
-from tncompress.plan import LayerPlan, Plan, Skip
+from tncompress.plan import BudgetReport, LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
 from tncompress.repair import RepairReport, repair
 from tncompress.report import Report, report
@@ -24,6 +24,7 @@ from tncompress.responses import Sensitivity
 from tncompress.sensitivity import quick_sensitivity, sensitivity
 from tncompress.spec import (
     EVBMF,
+    Budget,
     Energy,
     Entropy,
     FixedRank,
@@ -44,6 +45,8 @@ __all__ = [
     "EVBMF",
     "MPS",
     "SVD",
+    "Budget",
+    "BudgetReport",
     "Calibration",
     "ConvGeometry",
     "Cut",

@@ -106,15 +106,26 @@ def chain_macs(
     geometry: ConvGeometry, stages: Sequence[Stage], lengths: Sequence[int], samples: int = 1
 ) -> int:
     """Return the multiply-accumulates of the chain on ``samples`` inputs of size ``lengths``."""
-    total, lengths = 0, list(lengths)
+    pixels = chain_pixels(geometry, stages, lengths)
+    each = (math.prod(stage.shape) * count for stage, count in zip(stages, pixels, strict=True))
+    return samples * geometry.groups * sum(each)
+
+
+def chain_pixels(geometry: ConvGeometry, stages: Sequence[Stage], lengths: Sequence[int]) -> list[int]:
+    """Return at how many pixels each stage applies its weight: of its output, or transposed of its input."""
+    found, lengths = [], list(lengths)
     for stage in stages:
         grown = list(lengths)
         for axis in stage.axes:
             grown[axis] = geometry.output_length(lengths[axis], axis)
-        pixels = lengths if geometry.transposed else grown
-        total += samples * geometry.groups * math.prod(stage.shape) * math.prod(pixels)
+        found.append(math.prod(lengths if geometry.transposed else grown))
         lengths = grown
-    return total
+    return found
+
+
+def dense_stage(geometry: ConvGeometry) -> Stage:
+    """Return the dense layer as a chain of one stage."""
+    return Stage(0, geometry.kernel_shape, tuple(range(geometry.ndim)))
 
 
 def macs_ratio(geometry: ConvGeometry, stages: Sequence[Stage]) -> float:

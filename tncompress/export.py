@@ -27,7 +27,7 @@ from tncompress.manifest import (
 from tncompress.plan import Plan
 from tncompress.running import copy_model, eval_mode
 from tncompress.storage import new_directory, new_file
-from tncompress.surgery import replace_module_
+from tncompress.swap import replace_module_
 from tncompress.textfiles import one_line
 from tncompress.weights import load_weights, save_weights
 from tncompress.zoo import build_model

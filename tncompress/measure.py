@@ -95,7 +95,7 @@ def latencies(models: Sequence[nn.Module], example_inputs: Any, *, seconds: floa
 
     About ``seconds`` are spent on each model, in ten rounds.
     """
-    Timer, Measurement = _benchmark_classes()  # noqa: N806
+    Timer, Measurement = benchmark_classes()  # noqa: N806
     timers: list[Any] = []
     blocks: list[list[Any]] = []
     for model in models:
@@ -119,7 +119,7 @@ def latencies(models: Sequence[nn.Module], example_inputs: Any, *, seconds: floa
     return [Latency(float(m.median), float(m.iqr), len(m.times)) for m in merged]
 
 
-def _benchmark_classes() -> tuple[Any, Any]:
+def benchmark_classes() -> tuple[Any, Any]:
     """Import torch's benchmark tools without the word that they log where CUDA is built for but absent."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     before, logger.disabled = logger.disabled, True

@@ -103,17 +103,51 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class BudgetReport:
+    """How a plan keeps its budget: for each resource the fraction of the dense model asked for and reached.
+
+    ``loss`` is what the choice was predicted to lose, summed over the layers under the budget; ``fitted`` is
+    that sum by the fits that were then made. No choice among the candidates within the budget loses less
+    than ``bound``, that of the relaxed problem. ``measure`` says what a loss is: a squared relative ``kernel
+    error``, ``layer output`` error or ``network output`` error.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FROM_FILE
+
+    asked: dict[str, float]
+    reached: dict[str, float]
+    loss: float
+    bound: float
+    fitted: float | None
+    measure: str
+
+    @property
+    def gap(self) -> float:
+        """How much more than the bound the choice loses."""
+        return self.loss - self.bound
+
+    def __str__(self) -> str:
+        kept = ", ".join(
+            f"{name} {self.reached[name]:.4f} of {most:.4g}" for name, most in self.asked.items()
+        )
+        fitted = f", {self.fitted:.4g} as fitted" if self.fitted is not None else ""
+        return f"budget: {kept}; loss ({self.measure}) {self.loss:.4g}, at least {self.bound:.4g}{fitted}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """The decisions for every convolution and linear layer of a model, in its order.
 
-    ``print(plan)`` shows a table. ``params_model`` counts all parameters of the dense model, ``notes`` say
-    what else is to be known. ``shifts`` keep the mean output of a layer after its fit: each is added to its
-    bias, or taken from the running mean of the BatchNorm named with it.
+    ``print(plan)`` shows a table. ``params_model`` counts all parameters of the dense model, ``budget`` says
+    how the budget is kept, if the spec has one, and ``notes`` what else is to be known. ``shifts`` keep the
+    mean output of a layer after its fit: each is added to its bias, or taken from the running mean of the
+    BatchNorm named with it.
     """
 
     layers: tuple[LayerPlan | Skip, ...]
     spec: Spec
     params_model: int
+    budget: BudgetReport | None = None
     fits: dict[str, Fit] = field(default_factory=dict, compare=False, repr=False)
     shifts: dict[str, tuple[str | None, Tensor]] = field(default_factory=dict, compare=False, repr=False)
     notes: tuple[str, ...] = ()
@@ -147,10 +181,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values: no weights, no factors."""
+        budget = {"budget": dict(vars(self.budget))} if self.budget is not None else {}
         return {
             "version": 1,
             "spec": self.spec.to_dict(),
             "params_model": self.params_model,
+            **budget,
             "compressed": [layer.to_dict() for layer in self.compressed],
             "skipped": [layer.to_dict() for layer in self.skipped],
             "order": [layer.name for layer in self.layers],
@@ -172,7 +208,8 @@ class Plan:
         if sorted(described.order) != sorted(entry.name for entry in entries) or len(found) < len(entries):
             raise ValueError("this is no plan: its order does not name each of its layers once")
         layers = tuple(found[name] for name in described.order)
-        return cls(layers, Spec.parse(described.spec), described.params_model, notes=described.notes)
+        spec, budget = Spec.parse(described.spec), described.budget
+        return cls(layers, spec, described.params_model, budget, notes=described.notes)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -200,10 +237,11 @@ class Plan:
         from rich.table import Table
         from rich.text import Text
 
+        captions = [*([str(self.budget)] if self.budget is not None else []), *self.notes]
         table = Table(
             title=f"{len(self.compressed)} of {len(self.layers)} layers compressed",
             title_justify="left",
-            caption=Text("\n".join(self.notes)) if self.notes else None,
+            caption=Text("\n".join(captions)) if captions else None,
             caption_justify="left",
         )
         for column in ("layer", "kernel", "format", "ranks"):
@@ -232,6 +270,7 @@ class _PlanFile(BaseModel):
     version: Literal[1] = 1
     spec: dict[str, Any]
     params_model: int = Field(ge=0)
+    budget: BudgetReport | None = None
     compressed: tuple[LayerPlan, ...]
     skipped: tuple[Skip, ...]
     order: tuple[str, ...]

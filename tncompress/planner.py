@@ -1,31 +1,33 @@
-"""Making a plan: each layer meets the first rule that matches it, and its kernel is tried."""
+"""Making a plan: each layer meets the first rule that matches it, or has its share of a budget."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tncompress.budgeting import allot, check_budget, under_budget
 from tncompress.calibrate import Calibration, as_calibration
-from tncompress.contraction import chain_macs, dense_macs, macs_ratio
+from tncompress.candidates import Candidate
+from tncompress.costs import Calls, excess_of_macs, layer_macs, stages_macs
 from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
-from tncompress.formats import Fit, Stage
-from tncompress.geometry import ConvGeometry
-from tncompress.layers import TNConv
+from tncompress.formats import Fit, Format
+from tncompress.judge import Judge
 from tncompress.metric import Metric
 from tncompress.plan import LayerPlan, Plan, Skip
-from tncompress.ranks import NoRanks, choose
+from tncompress.ranks import NoRanks, choose, fit_at
+from tncompress.responses import Sensitivity
 from tncompress.running import input_shapes
-from tncompress.spec import KEEP_DENSE, FixedRank, Rule, Settings, Spec, matches_any
+from tncompress.selection import check_weight, describe, kept_dense, memory_for
+from tncompress.sensitivity import quick_sensitivity
+from tncompress.spec import Rule, Settings, Spec
 from tncompress.tables import watched
 
-Calls = Sequence[tuple[int, ...]]
+Decision = tuple[LayerPlan, Fit | None] | Skip
 
 
 def make_plan(
@@ -33,6 +35,7 @@ def make_plan(
     spec: Spec | Mapping[str, Any] | str | Path,
     *,
     calibration: Calibration | Iterable[Any] | None = None,
+    sensitivity: Sensitivity | None = None,
     example_inputs: Any = None,
     progress: bool = False,
 ) -> Plan:
@@ -45,33 +48,59 @@ def make_plan(
     ranks that a kernel can't have, and NaN or infinity in a kernel are a ``ValueError`` that names the layer;
     so is a model inside of a wrapper (``torch.compile``, DDP). A model on the meta device can be planned with
     the policies ``fixed`` and ``params_ratio``: ranks are then those of flat spectra, and errors unknown.
+
+    With a budget in the spec, formats and ranks are chosen for all layers together, and the plan's ``budget``
+    says how it is kept. What the choice loses is measured by ``sensitivity`` as the change of the network's
+    output; without one by the errors of the layers' outputs, or of the kernels, added up. Batches as
+    ``calibration`` are also used for a :func:`quick_sensitivity`. A budget on MACs or latency needs
+    ``example_inputs``; one that can't be met is a ``ValueError``.
     """
     spec = Spec.parse(spec)
     refuse_wrapped(model)
+    if spec.budget is not None:
+        check_budget(spec.budget, example_inputs)
     layers = find_layers(model, spec.include)
     moments = as_calibration(calibration, model, include=spec.include, progress=progress)
+    if (
+        spec.budget is not None
+        and sensitivity is None
+        and calibration is not None
+        and moments is not calibration
+    ):
+        options = {"keep_dense": spec.keep_dense, "include": spec.include, "progress": progress}
+        sensitivity = quick_sensitivity(model, calibration, calibration=moments, **options)
+    judge = Judge(moments, sensitivity, layers)
     kept = kept_dense(spec, layers)
     modules = {layer.name: layer.module for layer in layers}
     calls = input_shapes(model, modules, example_inputs) if example_inputs is not None else {}
-    decided: list[LayerPlan | Skip] = []
-    fits: dict[str, Fit] = {}
+    made: dict[str, Decision] = {}
     for layer in watched(layers, "planning", show=progress):
         rule = spec.rule_for(layer.names)
         reason = layer.obstacle or kept.get(layer.name)
         if reason is None and isinstance(rule, Rule) and rule.keep_dense:
             reason = f"kept dense by the rule '{rule.pattern}'"
-        if reason is None:
-            metric = moments.metric(layer.name) if moments is not None else None
-            made = _plan_layer(layer, rule, spec, calls.get(layer.name), metric)
-            if isinstance(made, tuple):
-                planned, fit = made
-                decided.append(planned)
-                if fit is not None:
-                    fits[layer.name] = fit
-                continue
-            reason = made
-        decided.append(_skip(layer, reason, calls.get(layer.name)))
-    plan = Plan(tuple(decided), spec, sum(p.numel() for p in model.parameters()), fits)
+        if reason is not None:
+            made[layer.name] = _skip(layer, reason, calls.get(layer.name))
+        elif under_budget(spec, rule):
+            check_weight(layer, needed=True)
+        else:
+            made[layer.name] = _plan_layer(layer, rule, spec, calls.get(layer.name), judge.metric(layer.name))
+    report = None
+    if spec.budget is not None:
+        decided = {name: one if isinstance(one, Skip) else one[0] for name, one in made.items()}
+        chosen, report = allot(
+            model, layers, decided, spec, judge, calls=calls, example_inputs=example_inputs, progress=progress
+        )
+        open_layers = [layer for layer in layers if layer.name in chosen]
+        for layer in watched(open_layers, "fitting", show=progress):
+            metric = judge.metric(layer.name)
+            made[layer.name] = _carry_out(layer, chosen[layer.name], calls.get(layer.name), metric)
+        errors = {name: one[1].loss for name in chosen if isinstance(one := made[name], tuple) and one[1]}
+        report = replace(report, fitted=sum((judge.loss(name, error) for name, error in errors.items()), 0.0))
+    decisions = [(layer.name, made[layer.name]) for layer in layers]
+    fits = {name: one[1] for name, one in decisions if isinstance(one, tuple) and one[1] is not None}
+    planned = tuple(one if isinstance(one, Skip) else one[0] for _, one in decisions)
+    plan = Plan(planned, spec, sum(p.numel() for p in model.parameters()), report, fits)
     return _with_shifts(plan, layers, moments) if moments is not None else plan
 
 
@@ -84,10 +113,8 @@ def with_fits(plan: Plan, layers: Sequence[Layer], calibration: Calibration) -> 
             continue
         weight = layer.weight()
         if layer.geometry == planned.geometry and digest_of(weight) == planned.digest:
-            settings = Settings(format=planned.format, rank=FixedRank(planned.ranks))
             with memory_for(describe(layer.name, weight)):
-                kernels = layer.geometry.kernels(weight)
-                fit = choose(kernels, settings, limit=math.inf, metric=metric)[1]
+                fit = fit_at(planned.format, layer.geometry.kernels(weight), planned.ranks, metric)
             if fit is not None:
                 fits[planned.name] = fit
     return _with_shifts(replace(plan, fits=fits), layers, calibration)
@@ -111,36 +138,44 @@ def _with_shifts(plan: Plan, layers: Sequence[Layer], calibration: Calibration) 
 
 def _plan_layer(
     layer: Layer, settings: Settings, spec: Spec, calls: Calls | None, metric: Metric | None
-) -> tuple[LayerPlan, Fit | None] | str:
-    """Return the plan of one layer with its fit, or the reason why it stays dense."""
-    weight, geometry, format = layer.weight(), layer.geometry, settings.format
-    where = describe(layer.name, weight)
-    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{where} holds NaN or infinity: mend the weights, or keep the layer dense")
+) -> Decision:
+    """Return the plan of one layer by its own policy, with its fit; or why it stays dense."""
+    weight, geometry, format = layer.weight(), layer.geometry, settings.one_format
+    where = check_weight(layer)
     try:
         format.max_ranks(geometry.kernel_shape)
     except ValueError as error:
-        return str(error)
+        return _skip(layer, str(error), calls)
     limit = math.inf if spec.allow_larger else layer.params - 1
     try:
         with memory_for(where):
             ranks, fit = choose(geometry.kernels(weight), settings, limit=limit, metric=metric)
     except NoRanks as reason:
-        return str(reason)
+        return _skip(layer, str(reason), calls)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     stages = format.stages(geometry.kernel_shape, ranks)
-    now = layer.module.stages if isinstance(layer.module, TNConv) else None
-    more = macs_ratio(geometry, stages) / (macs_ratio(geometry, now) if now else 1)
-    if not spec.allow_larger and more >= 1:
-        return f"{format} at ranks {ranks} would take {more:.2f}x the {'present' if now else 'dense'} MACs"
-    macs = macs_dense = None
-    if calls is not None:
-        macs, macs_dense = _chain_macs(geometry, stages, calls), _layer_macs(layer, calls)
-        if not spec.allow_larger and macs >= macs_dense > 0:
-            excess = f"{macs / macs_dense:.2f}x the {'present' if now else 'dense'} MACs"
-            return f"{format} at ranks {ranks} would take {excess} on the example inputs"
-    planned = LayerPlan(
+    if not spec.allow_larger and (excess := excess_of_macs(layer, stages, calls)):
+        return _skip(layer, f"{format} at ranks {ranks} {excess}", calls)
+    return _layer_plan(layer, format, ranks, fit, calls), fit
+
+
+def _carry_out(layer: Layer, chosen: Candidate, calls: Calls | None, metric: Metric | None) -> Decision:
+    """Return the plan of one layer under a budget, with the fit of what was chosen for it."""
+    if chosen.format is None:
+        return _skip(layer, "the budget leaves it dense", calls)
+    weight = layer.weight()
+    with memory_for(describe(layer.name, weight)):
+        fit = fit_at(chosen.format, layer.geometry.kernels(weight), chosen.ranks, metric)
+    return _layer_plan(layer, chosen.format, chosen.ranks, fit, calls), fit
+
+
+def _layer_plan(
+    layer: Layer, format: Format, ranks: tuple[int, ...], fit: Fit | None, calls: Calls | None
+) -> LayerPlan:
+    geometry = layer.geometry
+    stages = format.stages(geometry.kernel_shape, ranks)
+    return LayerPlan(
         names=layer.names,
         kind=layer.kind,
         geometry=geometry,
@@ -149,73 +184,13 @@ def _plan_layer(
         rel_error=fit.rel_error if fit is not None else None,
         params=format.num_params(geometry.kernel_shape, ranks, geometry.groups),
         params_dense=layer.params,
-        macs=macs,
-        macs_dense=macs_dense,
-        digest=digest_of(weight) if fit is not None else None,
+        macs=stages_macs(geometry, stages, calls) if calls is not None else None,
+        macs_dense=layer_macs(layer, calls) if calls is not None else None,
+        digest=digest_of(layer.weight()) if fit is not None else None,
         output_error=fit.output_error if fit is not None else None,
     )
-    return planned, fit
-
-
-def describe(name: str, weight: Tensor) -> str:
-    """Return how errors speak of a layer."""
-    return f"layer {name!r} with kernel {tuple(weight.shape)}"
-
-
-@contextmanager
-def memory_for(where: str) -> Iterator[None]:
-    """Turn whatever torch raises where memory is short into a ``MemoryError`` that names the layer."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        words = "not enough memory", "out of memory", "can't allocate memory"
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
-            raise
-        hint = "free memory, move the model to the CPU, or keep the layer dense by a rule"
-        raise MemoryError(f"out of memory while decomposing {where}: {hint}") from error
 
 
 def _skip(layer: Layer, reason: str, calls: Calls | None) -> Skip:
-    macs = _layer_macs(layer, calls) if calls is not None else None
+    macs = layer_macs(layer, calls) if calls is not None else None
     return Skip(layer.names, layer.kind, layer.geometry.weight_shape, reason, layer.params, macs)
-
-
-def _layer_macs(layer: Layer, calls: Calls) -> int:
-    """Return the multiply-accumulates of a layer as it is, dense or compressed, over its calls."""
-    geometry = layer.geometry
-    if isinstance(layer.module, TNConv):
-        return _chain_macs(geometry, layer.module.stages, calls)
-    sizes = [_samples_and_lengths(shape, geometry.ndim) for shape in calls]
-    return sum(dense_macs(geometry, lengths, samples) for samples, lengths in sizes)
-
-
-def _chain_macs(geometry: ConvGeometry, stages: Sequence[Stage], calls: Calls) -> int:
-    sizes = [_samples_and_lengths(shape, geometry.ndim) for shape in calls]
-    return sum(chain_macs(geometry, stages, lengths, samples) for samples, lengths in sizes)
-
-
-def _samples_and_lengths(shape: tuple[int, ...], ndim: int) -> tuple[int, tuple[int, ...]]:
-    """Return the number of samples and the spatial size of an input, batched or not."""
-    if ndim == 0:
-        return math.prod(shape[:-1]), ()
-    return (shape[0] if len(shape) == ndim + 2 else 1), shape[len(shape) - ndim :]
-
-
-def kept_dense(spec: Spec, layers: list[Layer]) -> dict[str, str]:
-    """Return why layers are kept dense by the spec, by name; check that every pattern matches something."""
-    names = [name for layer in layers for name in layer.names]
-    patterns = [rule.pattern for rule in spec.rules] + [p for p in spec.keep_dense if p not in KEEP_DENSE]
-    for pattern in patterns:
-        if not matches_any(pattern, names):
-            shown = ", ".join(names[:8]) + (f", ... ({len(names) - 8} more)" if len(names) > 8 else "")
-            raise ValueError(f"the pattern {pattern!r} matches no layer; the layers are {shown or 'none'}")
-    kept = {}
-    for layer in layers:
-        for pattern in spec.keep_dense:
-            if pattern not in KEEP_DENSE and matches_any(pattern, layer.names):
-                kept[layer.name] = f"kept dense by keep_dense: '{pattern}'"
-    for word, layer in zip(KEEP_DENSE, (layers[0], layers[-1]) if layers else (), strict=False):
-        if word in spec.keep_dense:
-            end = "first" if word == "stem" else "last"
-            kept.setdefault(layer.name, f"the {word} ({end} layer), kept dense by default")
-    return kept

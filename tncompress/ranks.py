@@ -65,19 +65,19 @@ def choose(
     ``ValueError``. Of kernels on the meta device there is no fit, nor a policy on the error: their ranks are
     those of kernels with flat spectra. With a ``metric`` the errors are those of the layer's output.
     """
-    format, policy = settings.format, settings.rank
+    format, policy = settings.one_format, settings.rank
     groups, *shape = kernels.shape
     if isinstance(policy, FixedRank):
         ranks = _fixed(format, tuple(shape), policy)
         _check_size(format, tuple(shape), ranks, groups, limit)
-        return ranks, _fit(format, kernels, ranks, metric)
+        return ranks, fit_at(format, kernels, ranks, metric)
     if kernels.is_meta and not isinstance(policy, ParamsRatio):
         raise ValueError(f"{policy.tag} needs its weights: load them, or plan with params_ratio or fixed")
     if isinstance(policy, Entropy | EVBMF):
         seen = kernels if metric is None else whiten(format, kernels, metric)
         ranks = _spectral(seen, settings, policy)
         _check_size(format, tuple(shape), ranks, groups, limit)
-        return ranks, _fit(format, kernels, ranks, metric)
+        return ranks, fit_at(format, kernels, ranks, metric)
     paths = RankPath(kernels, settings, metric).with_variants()
     if isinstance(policy, ParamsRatio):
         within = min(limit, policy.ratio * kernels.numel())
@@ -102,7 +102,7 @@ def _check_size(
 
 def _spectral(kernels: Tensor, settings: Settings, policy: Entropy | EVBMF) -> Ranks:
     """Return the ranks that each bond's own spectrum asks for, on the grid of ``settings``."""
-    format, shape = settings.format, tuple(kernels.shape[1:])
+    format, shape = settings.one_format, tuple(kernels.shape[1:])
     tops = format.max_ranks(shape)
     spectra = format.spectra_of_groups(kernels)
     if spectra is None:  # one bond, which lies on every cut: the largest that a leg asks for
@@ -125,7 +125,8 @@ def _asked(policy: Entropy | EVBMF, s: Tensor, numel: int) -> int:
     return math.ceil(policy.share * found + (1 - policy.share) * len(s))
 
 
-def _fit(format: Format, kernels: Tensor, ranks: Ranks, metric: Metric | None) -> Fit | None:
+def fit_at(format: Format, kernels: Tensor, ranks: Ranks, metric: Metric | None) -> Fit | None:
+    """Return the fit with which a layer is compressed; None for kernels without weights."""
     if kernels.is_meta:
         return None
     if metric is None:
@@ -168,12 +169,12 @@ class RankPath:
     """The candidate ranks for a stack of kernels, numbered from the smallest to the full ones."""
 
     def __init__(self, kernels: Tensor, settings: Settings, metric: Metric | None = None) -> None:
-        self.kernels, self.format, self.shape = kernels, settings.format, tuple(kernels.shape[1:])
+        self.kernels, self.format, self.shape = kernels, settings.one_format, tuple(kernels.shape[1:])
         self.metric = metric
         self.params = _params_function(self.format, self.shape, len(kernels))
         self.grids = [_grid(top, settings) for top in self.format.max_ranks(self.shape)]
-        seen = kernels if metric is None else whiten(self.format, kernels, metric)
-        spectra = self.format.spectra_of_groups(seen)
+        self.seen = kernels if metric is None else whiten(self.format, kernels, metric)
+        spectra = self.format.spectra_of_groups(self.seen)
         self.tails = [tail_energies(s).tolist() for s in spectra] if spectra is not None else None
         if self.tails is None:
             self.levels: list[float] = [*range(len(self.grids[0]))]
@@ -208,6 +209,11 @@ class RankPath:
 
     def largest_within(self, limit: int | float) -> tuple[Ranks, Fit | None]:
         """Return the last ranks with at most ``limit`` parameters, bonds raised to fill it, and the fit."""
+        ranks = self.ranks_within(limit)
+        return ranks, self.fit(ranks)
+
+    def ranks_within(self, limit: int | float) -> Ranks:
+        """Return the ranks of :meth:`largest_within` without fitting them."""
         index = bisect_right(range(len(self)), limit, key=lambda i: self.params(self[i])) - 1
         if index < 0:
             least = self[0]
@@ -215,12 +221,23 @@ class RankPath:
                 f"the smallest ranks {least} of {self.format} hold {self.params(least):,} parameters, "
                 f"allowed {int(limit):,}"
             )
-        ranks = self._filled(self[index], limit)
-        return ranks, self.fit(ranks)
+        return self._filled(self[index], limit)
 
     def fit(self, ranks: Ranks) -> Fit | None:
         """Return the fit at ``ranks``, in the metric if there is one; None for kernels without weights."""
-        return _fit(self.format, self.kernels, ranks, self.metric)
+        return fit_at(self.format, self.kernels, ranks, self.metric)
+
+    def estimate(self, ranks: Ranks) -> float:
+        """Return about the error that :meth:`fit` reaches at ``ranks``, in less time."""
+        return self.format.estimate(self.seen, ranks)
+
+    @property
+    def tails_are_errors(self) -> bool:
+        """Whether the tail of the spectrum is the squared error: of one cut whose legs are whitened together."""
+        if self.tails is None or len(self.tails) > 1 or (self.metric and self.metric.gradient is not None):
+            return False
+        patch = set(legs_of(len(self.shape))) - {"out"}
+        return self.metric is None or any(patch <= set(legs) for legs in self.format.network(self.shape))
 
     def smallest_reaching(self, error: float, limit: int | float) -> tuple[Ranks, Fit]:
         """Return the first ranks whose relative error is at most ``error``, with the fit there."""
@@ -244,7 +261,7 @@ class RankPath:
         """Return the first ranks whose tails keep to ``error``, tightened by what a short dtype adds."""
         allowed = error**2
         while allowed >= 0:
-            index = bisect_left(indices, True, key=lambda i: self._bound(self[i]) <= allowed)
+            index = bisect_left(indices, True, key=lambda i: self.bound(self[i]) <= allowed)
             if index == len(indices):
                 return None
             fit = self.format.fit_groups(self.kernels, self[index])
@@ -254,7 +271,7 @@ class RankPath:
             allowed -= max(1.1 * excess, 0.01 * error**2)
         return None
 
-    def _bound(self, ranks: Ranks) -> float:
+    def bound(self, ranks: Ranks) -> float:
         """Return the sum of the discarded weights, relative: it bounds the squared error."""
         assert self.tails is not None
         total = self.tails[0][0] or 1.0

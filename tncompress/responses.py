@@ -93,6 +93,11 @@ class Sensitivity:
     unmeasured: tuple[Unmeasured, ...] = ()
     digests: Mapping[str, str] | None = None
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that :meth:`predict` knows."""
+        return tuple(self._curves)
+
     def predict(self, layer: str, loss: float) -> float:
         """Return the squared relative change of the network's output to expect at a ``loss`` of one layer.
 

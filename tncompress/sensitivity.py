@@ -19,12 +19,12 @@ from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
 from tncompress.formats import SVD, Format, make_format
 from tncompress.measure import device_of, macs
 from tncompress.outputs import DenseOutputs, Images, bytes_of
-from tncompress.planner import kept_dense
 from tncompress.responses import Row, Sensitivity, Unmeasured
 from tncompress.rowcache import RowCache
 from tncompress.running import copy_model
+from tncompress.selection import kept_dense
 from tncompress.spec import KEEP_DENSE, ParamsRatio, Settings, Spec
-from tncompress.surgery import replace_all_
+from tncompress.swap import replace_all_
 from tncompress.tables import progress_bar
 from tncompress.truncation import Subject, Truncate, chosen, projected, ratio_of
 
@@ -143,7 +143,7 @@ def _measured(
             for setting in settings:
                 found = run.row(subject, setting)
                 (rows if isinstance(found, Row) else unmeasured).append(found)  # type: ignore[arg-type]
-                advance(f"{layer.name} {setting.format} {ratio_of(setting):g}")
+                advance(f"{layer.name} {setting.one_format} {ratio_of(setting):g}")
     digests = {layer.name: digest_of(layer.weight()) for layer in layers}
     accuracy = run.dense.accuracy
     return Sensitivity(tuple(rows), len(images), accuracy, moments is not None, tuple(unmeasured), digests)
@@ -187,7 +187,7 @@ class _Run:
 
     def row(self, subject: Subject, settings: Settings) -> Row | Unmeasured:
         """Return the row of one truncation, from the cache if it is there, or why there is none."""
-        layer, format, ratio = subject.layer, settings.format, ratio_of(settings)
+        layer, format, ratio = subject.layer, settings.one_format, ratio_of(settings)
         about = json.dumps([*self._what, *subject.about, format.to_dict(), ratio])
         key = hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
         kept = self.cache.get(key)

@@ -28,11 +28,13 @@ from pydantic import (
     model_validator,
 )
 
-from tncompress.formats import MPS, Format, make_format
+from tncompress.formats import MPS, Format, all_contenders, make_format
 from tncompress.storage import new_file
 from tncompress.textfiles import one_line, read_settings
 
 KEEP_DENSE = ("stem", "classifier")
+AUTO = "auto"
+"""In place of a format: all of them compete for each layer, under a budget."""
 
 
 class RankPolicy:
@@ -158,12 +160,19 @@ def _tags() -> str:
     return f"the tags are {', '.join(POLICIES)}"
 
 
-def _one_line(format: Format) -> str | dict[str, Any]:
+def _one_line(format: Format | str) -> str | dict[str, Any]:
+    if isinstance(format, str):
+        return format
     described = format.to_dict()
     return described if len(described) > 1 else format.name
 
 
 FormatField = Annotated[InstanceOf[Format], BeforeValidator(make_format), PlainSerializer(_one_line)]
+FormatOrAuto = Annotated[
+    InstanceOf[Format] | Literal["auto"],
+    BeforeValidator(lambda value: value if isinstance(value, str) and value == AUTO else make_format(value)),
+    PlainSerializer(_one_line),
+]
 PolicyField = Annotated[
     InstanceOf[RankPolicy],
     BeforeValidator(make_policy),
@@ -174,13 +183,15 @@ PolicyField = Annotated[
 class Settings(BaseModel):
     """Format and ranks of a layer.
 
+    With the format ``auto``, under a budget, every format competes: those of
+    :func:`tncompress.formats.all_contenders`.
     ``min_rank`` and ``max_rank`` bind the chosen ranks, ``round_to`` takes them to multiples (a bond whose
     maximum is smaller, or no multiple, may still be full); they do not touch a :class:`FixedRank`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: FormatField = MPS()
+    format: FormatOrAuto = MPS()
     rank: PolicyField = ParamsRatio(0.25)
     min_rank: int = Field(1, ge=1)
     max_rank: int | None = Field(None, ge=1)
@@ -191,6 +202,18 @@ class Settings(BaseModel):
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
         return self
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """The formats that may be chosen: the one that is named, or all contenders."""
+        return all_contenders() if isinstance(self.format, str) else (self.format,)
+
+    @property
+    def one_format(self) -> Format:
+        """The format that is named; ``auto`` is none."""
+        if isinstance(self.format, str):
+            raise ValueError("format auto names no format: it is for layers under a budget")
+        return self.format
 
 
 class Rule(Settings):
@@ -214,6 +237,46 @@ class Rule(Settings):
         return pattern
 
 
+RESOURCES = ("params", "macs", "bytes", "latency")
+"""What a budget can be on."""
+
+Fraction = Annotated[float | None, Field(gt=0, le=1, strict=True)]
+
+
+class Budget(BaseModel):
+    """What the whole compressed model may take, each as a fraction of what the dense model takes.
+
+    ``params`` counts all parameters, ``macs`` the multiply-accumulates of all convolutions and linear layers
+    on the example inputs, ``bytes`` parameters and buffers in their dtypes, ``latency`` the time of a forward
+    pass on the example inputs. Times are measured, layer by layer, or with ``latency_from="model"`` computed
+    from a model of the machine. Formats and ranks are then chosen such that the losses of the layers sum
+    up to the least.
+
+    >>> Budget(params=0.25, macs=0.5).asked
+    {'params': 0.25, 'macs': 0.5}
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    params: Fraction = None
+    macs: Fraction = None
+    bytes: Fraction = None
+    latency: Fraction = None
+    latency_from: Literal["measurement", "model"] = "measurement"
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Budget:
+        if not self.asked:
+            raise ValueError(f"a budget is on one or more of {', '.join(RESOURCES)}, got none of them")
+        return self
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """The fraction that is allowed of each resource that the budget is on."""
+        given = {name: getattr(self, name) for name in RESOURCES}
+        return {name: fraction for name, fraction in given.items() if fraction is not None}
+
+
 class Spec(BaseModel):
     """What to compress, how, and what to leave dense.
 
@@ -222,6 +285,8 @@ class Spec(BaseModel):
     ``depthwise`` convolutions; ``subclasses`` of torch's layers that do not change its forward pass;
     ``parametrized`` layers (weight norm, spectral norm), whose weight is made plain; layers that are
     ``compressed`` already, again. ``allow_larger`` lets factors hold more parameters than the kernel.
+    A ``budget`` takes the place of the default's rank policy: ranks are chosen for all layers together. A
+    layer whose rule sets a ``rank`` keeps to that; what it takes counts.
 
     >>> spec = Spec(default=Settings(format="tucker", rank=Energy(0.9)))
     >>> Spec.parse(spec.to_dict()) == spec
@@ -236,6 +301,23 @@ class Spec(BaseModel):
     keep_dense: tuple[str, ...] = KEEP_DENSE
     include: tuple[Literal["depthwise", "subclasses", "parametrized", "compressed"], ...] = ()
     allow_larger: bool = False
+    budget: Budget | None = None
+
+    @model_validator(mode="after")
+    def _budget_and_ranks_agree(self) -> Spec:
+        if self.budget is None:
+            if AUTO in (self.default.format, *(rule.format for rule in self.rules)):
+                raise ValueError("format auto is chosen under a budget, got none: add one, or name a format")
+            return self
+        if "rank" in self.default.model_fields_set:
+            raise ValueError("a budget chooses the ranks, got a rank in default, too: leave one of them out")
+        for rule in self.rules:
+            if "rank" in rule.model_fields_set and AUTO in (rule.format, self._inherited(rule)):
+                raise ValueError(f"a rank needs a format, got auto in the rule {rule.pattern!r}: name one")
+        return self
+
+    def _inherited(self, rule: Rule) -> Format | str | None:
+        return None if "format" in rule.model_fields_set else self.default.format
 
     @model_validator(mode="after")
     def _fill_rules(self) -> Spec:
@@ -317,7 +399,7 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    inner: dict[str, type[BaseModel]] = {"default": Settings, "rules": Rule}
+    inner: dict[str, type[BaseModel]] = {"default": Settings, "rules": Rule, "budget": Budget}
     for part in location:
         model = inner.get(part, model) if isinstance(part, str) else model
     return list(model.model_fields)

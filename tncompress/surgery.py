@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,27 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from tncompress.calibrate import Calibration, as_calibration
-from tncompress.discovery import NORM_HOOKS, Layer, digest_of, find_layers, refuse_wrapped
+from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
 from tncompress.layers import TNConv
 from tncompress.plan import LayerPlan, Plan
-from tncompress.planner import describe, make_plan, memory_for, with_fits
+from tncompress.planner import make_plan, with_fits
+from tncompress.responses import Sensitivity
 from tncompress.running import copy_model
+from tncompress.selection import describe, memory_for
 from tncompress.spec import Spec
+from tncompress.swap import adopt, replace_all_, replace_module_
 from tncompress.tables import watched
 
 M = TypeVar("M", bound=nn.Module)
-L = TypeVar("L", bound=nn.Module)
-
-_HOOKS = (
-    "_is_full_backward_hook",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def compress(
@@ -40,6 +30,7 @@ def compress(
     spec: Spec | Plan | Mapping[str, Any] | str | Path,
     *,
     calibration: Calibration | Iterable[Any] | None = None,
+    sensitivity: Sensitivity | None = None,
     example_inputs: Any = None,
     inplace: bool = False,
     progress: bool = False,
@@ -49,9 +40,11 @@ def compress(
     ``spec`` is a :class:`Spec`, a mapping with its keys, a path to a file, or a :class:`Plan` that was made
     for this model. With ``calibration`` (a :class:`Calibration`, or batches of inputs to make one of) it is
     the error of the layers' outputs on these data that is kept small, and their means are kept: by their
-    biases, or by the running means of the BatchNorms behind them. The copy is of the model's own class; its
-    plan stays with it as ``tncompress_plan``. With ``inplace`` the model itself is changed, once every layer
-    is ready. Dtype, device, memory format, training mode, ``requires_grad`` and hooks of each layer are kept.
+    biases, or by the running means of the BatchNorms behind them. A budget is then shared out by the change
+    of the network's output; see :func:`make_plan`, also for ``sensitivity``. The copy is of the model's own
+    class; its plan stays with it as ``tncompress_plan``. With ``inplace`` the model itself is changed, once
+    every layer is ready. Dtype, device, memory format, training mode, ``requires_grad`` and hooks of each
+    layer are kept.
 
     >>> import tncompress as tnc
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1))
@@ -63,7 +56,12 @@ def compress(
     plan = spec
     if not isinstance(plan, Plan):
         plan = make_plan(
-            model, plan, calibration=calibration, example_inputs=example_inputs, progress=progress
+            model,
+            plan,
+            calibration=calibration,
+            sensitivity=sensitivity,
+            example_inputs=example_inputs,
+            progress=progress,
         )
     elif any(p.output_error is not None and p.name not in plan.fits for p in plan.compressed):
         moments = as_calibration(calibration, model, include=plan.spec.include, progress=progress)
@@ -147,39 +145,6 @@ def _build(layer: Layer, planned: LayerPlan, plan: Plan) -> tuple[LayerPlan, TNC
     if planned.digest is None:
         planned = replace(planned, rel_error=fit.rel_error, digest=digest_of(weight))
     return planned, adopt(new, layer.module)
-
-
-def adopt(new: L, old: nn.Module) -> L:
-    """Return ``new`` with the training mode and the forward and backward hooks of ``old``.
-
-    They share the dictionaries of hooks, so that the handle of a hook still removes it. Those of torch's old
-    weight norm and spectral norm, which made the weight, are left behind.
-    """
-    new.train(old.training)
-    for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
-    kept = {key: h for key, h in old._forward_pre_hooks.items() if not isinstance(h, NORM_HOOKS)}
-    if len(kept) < len(old._forward_pre_hooks):
-        new._forward_pre_hooks = OrderedDict(kept)
-    return new
-
-
-def replace_all_(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put each of ``layers`` in the place of the submodule of that name: all of them, or none."""
-    before = {name: model.get_submodule(name) for name in layers}
-    try:
-        for name, layer in layers.items():
-            replace_module_(model, name, layer)
-    except BaseException:
-        for name, layer in before.items():
-            replace_module_(model, name, layer)
-        raise
-
-
-def replace_module_(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` in the place of the submodule that ``model`` knows as ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
 
 
 def merge(model: M) -> M:

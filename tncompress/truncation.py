@@ -15,10 +15,10 @@ from tncompress.discovery import Layer, digest_of
 from tncompress.formats import Fit, Format
 from tncompress.layers import TNConv
 from tncompress.metric import Metric
-from tncompress.planner import describe, memory_for
 from tncompress.ranks import NoRanks, choose
+from tncompress.selection import describe, memory_for
 from tncompress.spec import ParamsRatio, Settings
-from tncompress.surgery import adopt
+from tncompress.swap import adopt
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,7 @@ class Subject:
     def of(cls, layer: Layer, calibration: Calibration | None) -> Subject:
         """Return the layer with its metric; NaN or infinity in its weight is a ``ValueError``."""
         weight = layer.weight()
-        if not bool(torch.isfinite(weight).all()):
-            where = describe(layer.name, weight)
-            raise ValueError(f"{where} holds NaN or infinity: mend the weights, or keep the layer dense")
+        check_weight(layer)
         metric = calibration.metric(layer.name) if calibration is not None else None
         return cls(layer, weight, calibration, metric)
 
@@ -87,7 +85,7 @@ def chosen(subject: Subject, settings: Settings) -> tuple[tuple[int, ...], Fit] 
     """Return the ranks and the fit that a plan would choose, or the reason why there are none."""
     layer, where = subject.layer, describe(subject.layer.name, subject.weight)
     try:
-        settings.format.max_ranks(layer.geometry.kernel_shape)
+        settings.one_format.max_ranks(layer.geometry.kernel_shape)
     except ValueError as error:
         return str(error)
     try:
@@ -117,7 +115,7 @@ def projected(subject: Subject, settings: Settings) -> tuple[tuple[int, ...], Fi
     allowed = min(subject.layer.params - 1, ratio_of(settings) * kernels.numel())
     rank = min(int(allowed / one), out, flat.shape[2])
     if rank < 1:
-        return f"{settings.format} at rank 1 holds {one:,} parameters, allowed {int(allowed):,}"
+        return f"{settings.one_format} at rank 1 holds {one:,} parameters, allowed {int(allowed):,}"
     metric = subject.metric.to(flat.device, torch.float64)
     values, vectors = torch.linalg.eigh(metric.times(kernels).flatten(2) @ flat.mT)
     leading, values = vectors[..., -rank:], values.clamp_min(0)

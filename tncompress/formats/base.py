@@ -133,6 +133,15 @@ class Format(ABC):
         factors = (torch.stack(parts) for parts in zip(*(fit.factors for fit in fits), strict=True))
         return Fit(tuple(factors), error / total if total > 0 else 0.0)
 
+    def estimate(self, kernels: Tensor, ranks: Ranks) -> float:
+        """Return about the relative error of a fit to a stack of kernels, in less time if there is a way."""
+        return self.fit_groups(kernels, ranks).rel_error
+
+    @classmethod
+    def contenders(cls) -> tuple[Format, ...]:
+        """Return the variants of the format that compete where a spec leaves the format open."""
+        return (cls(),)
+
     # What follows is derived.
 
     def spectra_of_groups(self, kernels: Tensor) -> tuple[Tensor, ...] | None:
@@ -214,6 +223,11 @@ class Format(ABC):
     def __str__(self) -> str:
         options = {key: value for key, value in self.to_dict().items() if key != "name"}
         return f"{self.name}({', '.join(str(value) for value in options.values())})" if options else self.name
+
+
+def all_contenders() -> tuple[Format, ...]:
+    """Return what competes for a layer where a spec leaves the format open, of every format there is."""
+    return tuple(format for kind in FORMATS.values() for format in kind.contenders())
 
 
 def make_format(value: Any) -> Format:

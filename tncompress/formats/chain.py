@@ -108,12 +108,9 @@ class ChainFormat(Format):
         """
         ranks = self.feasible(kernel.shape, self.check_ranks(kernel.shape, ranks))
         groups = self.groups(kernel.shape)
-        order = sum(groups, ())
-        work = working_copy(kernel)
-        sizes = [math.prod(kernel.shape[mode] for mode in group) for group in groups]
-        tensor = work.permute(order).reshape(sizes)
+        tensor = self._tensor(kernel, groups)
         cores, centre, squared = truncate_chain(tensor, ranks)
-        norm = float(work.square().sum())
+        norm = float(tensor.square().sum())
         if len(ranks) > 1 and squared > NEGLIGIBLE * norm:
             cores, squared = improve_chain(tensor, cores)
             centre = len(cores) - 1
@@ -123,6 +120,19 @@ class ChainFormat(Format):
         stored = (_store(core, group, kernel.shape) for core, group in zip(cores, groups, strict=True))
         made = (core.reshape(size) for core, size in zip(stored, shapes, strict=True))
         return self.as_fit(made, kernel, rel_error)
+
+    def estimate(self, kernels: Tensor, ranks: Ranks) -> float:
+        """Return the relative error of the truncation, which sweeps then lower by little."""
+        ranks = self.feasible(kernels.shape[1:], self.check_ranks(kernels.shape[1:], ranks))
+        groups = self.groups(kernels.shape[1:])
+        squared = sum(truncate_chain(self._tensor(kernel, groups), ranks)[2] for kernel in kernels)
+        norm = float(working_copy(kernels).square().sum())
+        return math.sqrt(max(squared, 0.0) / norm) if norm > 0 else 0.0
+
+    def _tensor(self, kernel: Tensor, groups: Groups) -> Tensor:
+        """Return the kernel in float64 with one mode for each core, in the order of the chain."""
+        sizes = [math.prod(kernel.shape[mode] for mode in group) for group in groups]
+        return working_copy(kernel).permute(sum(groups, ())).reshape(sizes)
 
 
 def truncate_chain(tensor: Tensor, ranks: Ranks) -> tuple[list[Tensor], int, float]:

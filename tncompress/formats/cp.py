@@ -12,7 +12,7 @@ from torch import Tensor
 from tncompress.cuts import legs_of
 from tncompress.formats import als
 from tncompress.formats.base import Fit, Format, Ranks, Shape, Stage, register_format
-from tncompress.linalg import bond_scale, svd, working_copy
+from tncompress.linalg import bond_scale, singular_values, svd, unfold, working_copy
 
 SWEEPS, RESTARTS = 120, 4
 FEWEST_SWEEPS, BUDGET = 30, 2**33
@@ -20,6 +20,8 @@ FEWEST_SWEEPS, BUDGET = 30, 2**33
 TRIAL, CHEAP = 60, 2**22
 """After ``TRIAL`` sweeps, or half of all, the best start goes on alone. Kernels with at most ``CHEAP`` such
 products have random ones beside the first."""
+FEW, DOUBLINGS = 5, 2
+"""Sweeps of the two halves of an estimate, and how many doublings of their number it is carried on for."""
 CHUNK = 2**20
 """Kernels are fitted together as long as they keep no more than ``CHUNK`` numbers in work."""
 
@@ -80,33 +82,46 @@ class CP(Format):
         """Return what :meth:`fit` gives for each kernel, all of them fitted at once."""
         return self.fit(kernels[0], ranks) if len(kernels) == 1 else self._fit_stack(kernels, ranks)
 
+    def spectra(self, kernel: Tensor) -> tuple[Tensor, ...] | None:
+        """Return the singular values of a kernel that is a matrix; the bond of any other has none."""
+        modes = self.modes(tuple(kernel.shape))
+        return (singular_values(unfold(working_copy(kernel), modes[-1])),) if len(modes) == 2 else None
+
+    def estimate(self, kernels: Tensor, ranks: Ranks) -> float:
+        """Return the error after a few sweeps, carried on to more of them.
+
+        Each doubling of their number lowers the logarithm of the error about as much as the one before.
+        """
+        shape = tuple(kernels.shape[1:])
+        (rank,) = self.check_ranks(shape, ranks)
+        if len(self.modes(shape)) == 2:
+            return self.fit_groups(kernels, ranks).rel_error
+        parts = []
+        for part in kernels.split(_chunk(shape, rank, 1)):
+            work, peaks, norms = self._normalised(part)
+            order = sorted(range(1, work.ndim), key=lambda mode: -work.shape[mode])
+            work = work.permute(0, *order).contiguous().float()
+            start, left_out = als.slice_start(work, rank)
+            fewer, before = als.descend(work, start, FEW, als.STIFF)
+            _, after = als.descend(work, fewer, FEW, als.STIFF)
+            further = after * (after / before.clamp_min(als.GOOD_ENOUGH)).clamp_max(1.0) ** DOUBLINGS
+            parts.append((torch.minimum(further, left_out)[:, 0], norms[:, 0], peaks[:, 0]))
+        return _joint_error(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
     def _fit_stack(self, kernels: Tensor, ranks: Ranks) -> Fit:
         shape = tuple(kernels.shape[1:])
         (rank,) = self.check_ranks(shape, ranks)
-        numel = math.prod(shape)
-        starts = 1 + RESTARTS * (numel * rank <= CHEAP)
-        chunk = max(1, CHUNK // (numel + 3 * starts * rank * numel // max(shape)))
-        fits = [self._fit_chunk(part, rank) for part in kernels.split(chunk)]
+        starts = 1 + RESTARTS * (math.prod(shape) * rank <= CHEAP)
+        fits = [self._fit_chunk(part, rank) for part in kernels.split(_chunk(shape, rank, starts))]
         factors = tuple(torch.cat(parts) for parts in zip(*(parts for parts, *_ in fits), strict=True))
         errors, norms, peaks = (torch.cat(parts) for parts in zip(*(rest for _, *rest in fits), strict=True))
-        weights = norms * (peaks / peaks.max().clamp_min(torch.finfo(peaks.dtype).smallest_normal))
-        total = float(weights.norm())
-        return Fit(factors, float((weights * errors).norm()) / total if total > 0 else 0.0)
+        return Fit(factors, _joint_error(errors, norms, peaks))
 
     def _fit_chunk(self, kernels: Tensor, rank: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
-        """Return stacked factors, relative errors, and norms over the largest entries, which come last.
-
-        Kernels are brought to norm 1 by way of their largest entry, so that no square over- or underflows.
-        """
+        """Return stacked factors, relative errors, and norms over the largest entries, which come last."""
         shape = tuple(kernels.shape[1:])
-        groups, sizes = self.modes(shape), self._sizes(shape)
-        order = [mode + 1 for group in groups for mode in group]
-        work = working_copy(kernels).permute(0, *order).reshape(len(kernels), -1)
-        peaks = work.abs().amax(1, keepdim=True)
-        peaks = torch.where(peaks > 0, peaks, 1.0)
-        work = work / peaks
-        norms = work.norm(dim=1, keepdim=True)
-        work = work.div_(norms.clamp_min(1.0)).unflatten(1, sizes)
+        sizes = self._sizes(shape)
+        work, peaks, norms = self._normalised(kernels)
         exact = kernels.dtype == torch.float64 or math.prod(sizes) * rank <= CHEAP
         matrices = cp_als(work if exact else work.float(), rank)
         share = ((peaks ** (1 / len(sizes))) * norms ** (1 / len(sizes)))[..., None]
@@ -119,8 +134,35 @@ class CP(Format):
         factors = tuple(factor.reshape(len(kernels), *size).contiguous() for factor, size in made)
         return factors, errors, norms[:, 0], (peaks * (norms > 0))[:, 0]
 
+    def _normalised(self, kernels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return kernels of norm 1, one mode for each factor, their largest entries, and norms over these.
+
+        The way by the largest entry keeps squares from over- and underflowing.
+        """
+        shape = tuple(kernels.shape[1:])
+        order = [mode + 1 for group in self.modes(shape) for mode in group]
+        work = working_copy(kernels).permute(0, *order).reshape(len(kernels), -1)
+        peaks = work.abs().amax(1, keepdim=True)
+        peaks = torch.where(peaks > 0, peaks, 1.0)
+        work = work / peaks
+        norms = work.norm(dim=1, keepdim=True)
+        return work.div_(norms.clamp_min(1.0)).unflatten(1, self._sizes(shape)), peaks, norms
+
     def _sizes(self, shape: Shape) -> tuple[int, ...]:
         return tuple(math.prod(shape[mode] for mode in group) for group in self.modes(shape))
+
+
+def _chunk(shape: Shape, rank: int, starts: int) -> int:
+    """Return how many kernels of this shape are fitted together."""
+    numel = math.prod(shape)
+    return max(1, CHUNK // (numel + 3 * starts * rank * numel // max(shape)))
+
+
+def _joint_error(errors: Tensor, norms: Tensor, peaks: Tensor) -> float:
+    """Return the relative error of all kernels, given those of each and their norms over ``peaks``."""
+    weights = norms * (peaks / peaks.max().clamp_min(torch.finfo(peaks.dtype).smallest_normal))
+    total = float(weights.norm())
+    return float((weights * errors).norm()) / total if total > 0 else 0.0
 
 
 def cp_als(tensors: Float[Tensor, "groups ..."], rank: int) -> list[Float[Tensor, "groups rank _"]]:

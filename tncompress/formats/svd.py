@@ -25,3 +25,8 @@ class SVD(ChainFormat):
 
     def grouping(self, ndim: int) -> Groups:
         return Cut.parse(self.cut).modes(ndim)
+
+    @classmethod
+    def contenders(cls) -> tuple[SVD, ...]:
+        """Return the response's cut and the separable one: where kernels have most to give."""
+        return cls(), cls("out kw|in kh")

@@ -100,17 +100,31 @@ class Tucker(Format):
         work = working_copy(kernel)
         total = float(work.square().sum())
         modes = self.modes(shape)
-        bases: dict[int, Tensor] = {}
-        core = work
-        for mode, rank in sorted(zip(modes, ranks, strict=True), key=lambda pair: pair[1] / shape[pair[0]]):
-            bases[mode] = svd(unfold(core, [mode]))[0][:, :rank]
-            core = _project(core, mode, bases[mode])
+        core, bases = self._truncated(work, ranks)
         core = _improve(work, bases, dict(zip(modes, ranks, strict=True)), core)
         error = math.sqrt(_squared_distance(work, core, bases) / total) if total > 0 else 0.0
         factors = self._factors(core, bases, shape)
         shapes = self.factor_shapes(shape, ranks)
         made = (factor.reshape(size) for factor, size in zip(factors, shapes, strict=True))
         return self.as_fit(made, kernel, error)
+
+    def estimate(self, kernels: Tensor, ranks: Ranks) -> float:
+        """Return the relative error of the truncated HOSVD, which sweeps then lower by little."""
+        shape = tuple(kernels.shape[1:])
+        ranks = self.feasible(shape, self.check_ranks(shape, ranks))
+        works = [working_copy(kernel) for kernel in kernels]
+        squared = sum(_squared_distance(work, *self._truncated(work, ranks)) for work in works)
+        total = sum(float(work.square().sum()) for work in works)
+        return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
+
+    def _truncated(self, work: Tensor, ranks: Ranks) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return core and bases of the sequentially truncated HOSVD, the bond that loses most first."""
+        pairs = zip(self.modes(tuple(work.shape)), ranks, strict=True)
+        core, bases = work, dict[int, Tensor]()
+        for mode, rank in sorted(pairs, key=lambda pair: pair[1] / work.shape[pair[0]]):
+            bases[mode] = svd(unfold(core, [mode]))[0][:, :rank]
+            core = _project(core, mode, bases[mode])
+        return core, bases
 
     def _factors(self, core: Tensor, bases: dict[int, Tensor], shape: Shape) -> list[Tensor]:
         """Return the factors in storage order, each bond's singular values split over its two sides.
