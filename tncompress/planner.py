@@ -61,14 +61,16 @@ def make_plan(
         check_budget(spec.budget, example_inputs)
     layers = find_layers(model, spec.include)
     moments = as_calibration(calibration, model, include=spec.include, progress=progress)
-    if (
-        spec.budget is not None
-        and sensitivity is None
-        and calibration is not None
-        and moments is not calibration
-    ):
-        options = {"keep_dense": spec.keep_dense, "include": spec.include, "progress": progress}
-        sensitivity = quick_sensitivity(model, calibration, calibration=moments, **options)
+    batches = None if isinstance(calibration, Calibration) else calibration
+    if spec.budget is not None and sensitivity is None and batches is not None:
+        sensitivity = quick_sensitivity(
+            model,
+            batches,
+            calibration=moments,
+            keep_dense=spec.keep_dense,
+            include=spec.include,
+            progress=progress,
+        )
     judge = Judge(moments, sensitivity, layers)
     kept = kept_dense(spec, layers)
     modules = {layer.name: layer.module for layer in layers}

@@ -173,8 +173,8 @@ class RankPath:
         self.metric = metric
         self.params = _params_function(self.format, self.shape, len(kernels))
         self.grids = [_grid(top, settings) for top in self.format.max_ranks(self.shape)]
-        self.seen = kernels if metric is None else whiten(self.format, kernels, metric)
-        spectra = self.format.spectra_of_groups(self.seen)
+        seen = kernels if metric is None else whiten(self.format, kernels, metric)
+        spectra = self.format.spectra_of_groups(seen)
         self.tails = [tail_energies(s).tolist() for s in spectra] if spectra is not None else None
         if self.tails is None:
             self.levels: list[float] = [*range(len(self.grids[0]))]
@@ -229,11 +229,13 @@ class RankPath:
 
     def estimate(self, ranks: Ranks) -> float:
         """Return about the error that :meth:`fit` reaches at ``ranks``, in less time."""
-        return self.format.estimate(self.seen, ranks)
+        if self.metric is None:
+            return self.format.estimate(self.kernels, ranks)
+        return fit_in_metric(self.format, self.kernels, ranks, self.metric, ridge=RIDGE, draft=True).loss
 
     @property
     def tails_are_errors(self) -> bool:
-        """Whether the tail of the spectrum is the squared error: of one cut whose legs are whitened together."""
+        """Whether the tail of the spectrum is the squared error: of one cut, whitened as a whole."""
         if self.tails is None or len(self.tails) > 1 or (self.metric and self.metric.gradient is not None):
             return False
         patch = set(legs_of(len(self.shape))) - {"out"}

@@ -36,6 +36,7 @@ def fit_in_metric(
     start: Sequence[Tensor] | None = None,
     sweeps: int = SWEEPS,
     last_only: bool = False,
+    draft: bool = False,
 ) -> Fit:
     """Return factors for a stack of ``kernels`` ``(groups, out, in, *spatial)`` of least output error.
 
@@ -43,7 +44,7 @@ def fit_in_metric(
     diagonal, which keeps W' near W where the data say nothing. The metric's ``gradient``, if there is one,
     weighs the outputs, too: tr(G D C D'). ``start`` is a set of factors as in a fit, in place of the whitened
     kernel's; with ``last_only`` the factor with the leg ``out`` alone is
-    solved for. The errors of the fit are those of the factors in the kernel's dtype; ``output_error`` is
+    solved for. A ``draft`` stops there, too, and makes its start in less time. The errors of the fit are those of the factors in the kernel's dtype; ``output_error`` is
     sqrt(tr(D C D') / tr(W C W')), without ridge or gradient.
     """
     shape, work = tuple(kernels.shape[1:]), working_copy(kernels)
@@ -55,12 +56,12 @@ def fit_in_metric(
         weigh, unweigh = roots(add_ridge(used.gradient, GRADIENT_RIDGE))
     target = _apply(work, [1], weigh) if weigh is not None else work
     if start is None:
-        factors = _whitened_start(format, network, target, ranks, used)
+        factors = _whitened_start(format, network, target, ranks, used, draft=draft)
     else:
         factors = [working_copy(factor) if len(work) > 1 else working_copy(factor)[None] for factor in start]
         if weigh is not None:
             factors[network.out] = network.on_out(factors[network.out], weigh)
-    factors = _Solver(network, target, used).run(factors, sweeps, last_only=last_only)
+    factors = _Solver(network, target, used).run(factors, sweeps, last_only=last_only or draft)
     if unweigh is not None:
         factors[network.out] = network.on_out(factors[network.out], unweigh)
     return _as_fit(format, factors, kernels, work, plain)
@@ -170,10 +171,10 @@ def _whitened(network: _Network, kernels: Tensor, metric: Metric) -> tuple[Tenso
 
 
 def _whitened_start(
-    format: Format, network: _Network, kernels: Tensor, ranks: Ranks, metric: Metric
+    format: Format, network: _Network, kernels: Tensor, ranks: Ranks, metric: Metric, *, draft: bool
 ) -> list[Tensor]:
     whitened, inverses = _whitened(network, kernels, metric)
-    fit = format.fit_groups(whitened.contiguous(), ranks)
+    fit = (format.draft if draft else format.fit_groups)(whitened.contiguous(), ranks)
     factors = list(fit.factors) if len(kernels) > 1 else [factor[None] for factor in fit.factors]
     for number, inverse in inverses.items():
         factors[number] = network.on_modes(number, factors[number], inverse)

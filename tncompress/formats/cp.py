@@ -20,6 +20,8 @@ FEWEST_SWEEPS, BUDGET = 30, 2**33
 TRIAL, CHEAP = 60, 2**22
 """After ``TRIAL`` sweeps, or half of all, the best start goes on alone. Kernels with at most ``CHEAP`` such
 products have random ones beside the first."""
+DRAFT = 24
+"""Sweeps of a draft."""
 FEW, DOUBLINGS = 5, 2
 """Sweeps of the two halves of an estimate, and how many doublings of their number it is carried on for."""
 CHUNK = 2**20
@@ -87,6 +89,11 @@ class CP(Format):
         modes = self.modes(tuple(kernel.shape))
         return (singular_values(unfold(working_copy(kernel), modes[-1])),) if len(modes) == 2 else None
 
+    def draft(self, kernels: Tensor, ranks: Ranks) -> Fit:
+        """Return the fits after a few sweeps from the first start."""
+        fit = self._fit_stack(kernels, ranks, draft=True)
+        return fit if len(kernels) > 1 else Fit(tuple(factor[0] for factor in fit.factors), fit.rel_error)
+
     def estimate(self, kernels: Tensor, ranks: Ranks) -> float:
         """Return the error after a few sweeps, carried on to more of them.
 
@@ -108,22 +115,25 @@ class CP(Format):
             parts.append((torch.minimum(further, left_out)[:, 0], norms[:, 0], peaks[:, 0]))
         return _joint_error(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
-    def _fit_stack(self, kernels: Tensor, ranks: Ranks) -> Fit:
+    def _fit_stack(self, kernels: Tensor, ranks: Ranks, *, draft: bool = False) -> Fit:
         shape = tuple(kernels.shape[1:])
         (rank,) = self.check_ranks(shape, ranks)
         starts = 1 + RESTARTS * (math.prod(shape) * rank <= CHEAP)
-        fits = [self._fit_chunk(part, rank) for part in kernels.split(_chunk(shape, rank, starts))]
+        chunks = kernels.split(_chunk(shape, rank, starts))
+        fits = [self._fit_chunk(part, rank, draft=draft) for part in chunks]
         factors = tuple(torch.cat(parts) for parts in zip(*(parts for parts, *_ in fits), strict=True))
         errors, norms, peaks = (torch.cat(parts) for parts in zip(*(rest for _, *rest in fits), strict=True))
         return Fit(factors, _joint_error(errors, norms, peaks))
 
-    def _fit_chunk(self, kernels: Tensor, rank: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+    def _fit_chunk(
+        self, kernels: Tensor, rank: int, *, draft: bool
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
         """Return stacked factors, relative errors, and norms over the largest entries, which come last."""
         shape = tuple(kernels.shape[1:])
         sizes = self._sizes(shape)
         work, peaks, norms = self._normalised(kernels)
         exact = kernels.dtype == torch.float64 or math.prod(sizes) * rank <= CHEAP
-        matrices = cp_als(work if exact else work.float(), rank)
+        matrices = cp_als(work if exact else work.float(), rank, draft=draft)
         share = ((peaks ** (1 / len(sizes))) * norms ** (1 / len(sizes)))[..., None]
         stored = [(share * matrix).to(kernels.dtype) for matrix in matrices]
         rounded = [matrix.double() / torch.where(share > 0, share, 1.0) for matrix in stored]
@@ -165,12 +175,14 @@ def _joint_error(errors: Tensor, norms: Tensor, peaks: Tensor) -> float:
     return float((weights * errors).norm()) / total if total > 0 else 0.0
 
 
-def cp_als(tensors: Float[Tensor, "groups ..."], rank: int) -> list[Float[Tensor, "groups rank _"]]:
+def cp_als(
+    tensors: Float[Tensor, "groups ..."], rank: int, *, draft: bool = False
+) -> list[Float[Tensor, "groups rank _"]]:
     """Return one matrix for each mode of a stack of tensors of norm 1, fitted by least squares in turns.
 
     The first start is made of slices (:func:`tncompress.formats.als.slice_start`), and is exact at the
     largest rank. Where a start is cheap, random ones are tried beside it and the best goes on: least squares
-    in turns can end in a local minimum.
+    in turns can end in a local minimum. A ``draft`` ends after a few sweeps.
     """
     if tensors.ndim == 3:
         return [torch.stack(parts) for parts in zip(*(_from_svd(t, rank) for t in tensors), strict=True)]
@@ -178,7 +190,9 @@ def cp_als(tensors: Float[Tensor, "groups ..."], rank: int) -> list[Float[Tensor
     work = tensors.permute(0, *(mode + 1 for mode in order)).contiguous()
     start, left_out = als.slice_start(work, rank)
     best, products = start, work[0].numel() * rank
-    if rank < work[0, 0].numel():
+    if draft:
+        best = als.descend(work, start, DRAFT, als.STIFF)[0]
+    elif rank < work[0, 0].numel():
         affordable = min(SWEEPS, max(FEWEST_SWEEPS, BUDGET // products))
         trial = min(TRIAL, affordable // 2)
         rest = affordable - trial
