@@ -17,10 +17,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
-from tncompress.sensitivity import quick_sensitivity
 from torch import nn
 
 import tncompress as tnc
@@ -35,14 +35,8 @@ DATA, IMAGES = "fashion-mnist", 1024
 DENSE = {"cnn4": (0, 1, 2), "resnet20": (0,)}  # seeds of the dense training
 SEEDS = {"cnn4": ((0, 0), (1, 1), (2, 2)), "resnet20": ((0, 0), (0, 1), (0, 2))}  # of training, of images
 EPOCHS = {"cnn4": 12, "resnet20": 20}
-TIMES = (2, 4, 8, 16)
-FORMATS = {
-    "svd": "svd",
-    "svd kw": {"name": "svd", "cut": "out kw|in kh"},
-    "tucker": "tucker",
-    "mps": "mps",
-    "cp": "cp",
-}
+TIMES, BOTH = (2, 4, 8, 16), (4, 8)
+FORMATS = {"mps": "mps", "cp": "cp", "tucker": "tucker", "svd": {"name": "svd", "cut": "out kw|in kh"}}
 PEERS = {"tltorch CP": "CP", "tltorch Tucker": "Tucker", "tltorch TT": "TT"}
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "accuracy.jsonl"
@@ -62,6 +56,8 @@ class Bench:
         self.dense_outputs = self.outputs(self.dense)
         self.conv, self.total = conv_params(self.dense), num_params(self.dense)
         self.macs = macs(self.dense, self.example)
+        self.calibration = tnc.calibrate(self.dense, self.images)
+        self.sensitivity = tnc.quick_sensitivity(self.dense, self.images, calibration=self.calibration)
 
     def outputs(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits of the test images, and their labels."""
@@ -98,6 +94,13 @@ class Bench:
         }
         print(self.network, self.seeds, *shown.values(), row["accuracy"], f"{seconds:.0f}s", flush=True)
 
+    def refuse(self, key: dict, step: str, reason: str) -> None:
+        """Append a row that says why there is nothing to measure."""
+        row = {"network": self.network, "seeds": self.seeds} | key | {"step": step, "no": reason}
+        if key_of(row) not in self.done:
+            self.done.add(key_of(row))
+            append(self.results, row)
+
     def is_done(self, **key) -> bool:
         """Say whether the row with this key has been measured."""
         return key_of({"network": self.network, "seeds": self.seeds} | key) in self.done
@@ -109,26 +112,33 @@ class Bench:
         return copied
 
 
-def measure(bench: Bench) -> None:
-    """Write every row of one network and pair of seeds that is not there yet."""
+def measure(bench: Bench, part: str) -> None:
+    """Write the rows of one network and pair of seeds, those of one part, that are not there yet.
+
+    The ``main`` part is all formats together under a budget, MPS and tltorch; the ``rest`` is each format by
+    itself.
+    """
+    first = {"mps": FORMATS["mps"]}
+    rest = {name: fmt for name, fmt in FORMATS.items() if name not in first}
     if not bench.is_done(step="dense"):
         bench.write(bench.dense, 0.0, step="dense")
-    for resource_name, times_all in (("params", TIMES), ("macs", TIMES), ("both", (4, 8))):
-        budgets(bench, resource_name, times_all)
-        if resource_name != "both":
-            for times in times_all:
-                uniform(bench, resource_name, times)
-        if resource_name == "params":
-            for times in times_all:
-                peers(bench, times)
+    if part == "main":
+        budgets(bench, "params", TIMES, {"auto": "auto"})
+        budgets(bench, "both", BOTH, {"auto": "auto"})
+        uniform(bench, "params", TIMES, first)
+        peers(bench, TIMES)
+        budgets(bench, "macs", TIMES, {"auto": "auto"})
+        budgets(bench, "params", TIMES, first)
+    else:
+        budgets(bench, "params", TIMES, rest)
+        uniform(bench, "params", TIMES, rest)
+        budgets(bench, "macs", TIMES, FORMATS)
+        uniform(bench, "macs", TIMES, FORMATS)
 
 
-def budgets(bench: Bench, resource_name: str, times_all: tuple[int, ...]) -> None:
-    """Write the rows of the steps under a budget, for all formats together and for each by itself."""
-    calibration = tnc.calibrate(bench.dense, bench.images)
-    sensitivity = quick_sensitivity(bench.dense, bench.images, calibration=calibration)
-    chosen = {"auto": "auto"} | ({} if resource_name == "both" else FORMATS)
-    for name, fmt in chosen.items():
+def budgets(bench: Bench, resource_name: str, times_all: tuple[int, ...], formats: dict) -> None:
+    """Write the rows of the steps under a budget."""
+    for name, fmt in formats.items():
         for times in times_all:
             key = {"resource": resource_name, "times": times, "format": name}
             spec = {"default": {"format": fmt}, "budget": bench.budget(resource_name, times)}
@@ -137,14 +147,8 @@ def budgets(bench: Bench, resource_name: str, times_all: tuple[int, ...]) -> Non
             if bench.is_done(**key, step="repair"):
                 continue
             started = time.perf_counter()
-            options = {
-                "calibration": calibration,
-                "sensitivity": sensitivity,
-                "example_inputs": bench.example,
-            }
-            aware = attempt(
-                bench, lambda spec=spec, o=options: tnc.compress(bench.dense, spec, **o), key, "aware"
-            )
+            options = {"calibration": bench.calibration, "sensitivity": bench.sensitivity}
+            aware = attempt(bench, spec, key, "aware", **options)
             if aware is None:
                 continue
             bench.write(aware, time.perf_counter() - started, **key, step="aware")
@@ -154,26 +158,22 @@ def budgets(bench: Bench, resource_name: str, times_all: tuple[int, ...]) -> Non
             bench.write(repaired, time.perf_counter() - started, **key, step="repair")
 
 
-def uniform(bench: Bench, resource_name: str, times: int) -> None:
-    """Write the rows of truncation at one ratio for all layers: plain, and data-aware, each repaired, too."""
-    calibration = None
-    for name, fmt in FORMATS.items():
-        key = {"resource": resource_name, "times": times, "format": name}
-        if bench.is_done(**key, step="uniform, aware, repair"):
-            continue
-        spec = uniform_spec(bench, fmt, resource_name, times)
-        if spec is None:
-            append(
-                bench.results,
-                {"network": bench.network, "seeds": bench.seeds} | key | {"step": "uniform", "no": 1},
-            )
-            continue
-        truncated(bench, spec, key, "uniform")
-        calibration = calibration or tnc.calibrate(bench.dense, bench.images)
-        aware = tnc.compress(bench.dense, spec, calibration=calibration)
-        bench.write(aware, 0.0, **key, step="uniform, aware")
-        repaired = tnc.repair(aware, bench.dense, bench.images)
-        bench.write(repaired, 0.0, **key, step="uniform, aware, repair")
+def uniform(bench: Bench, resource_name: str, times_all: tuple[int, ...], formats: dict) -> None:
+    """Write the rows of truncation at one ratio for all layers: plain, data-aware, and repaired."""
+    for name, fmt in formats.items():
+        for times in times_all:
+            key = {"resource": resource_name, "times": times, "format": name}
+            if bench.is_done(**key, step="uniform, aware, repair"):
+                continue
+            spec = uniform_spec(bench, fmt, resource_name, times)
+            if spec is None:
+                bench.refuse(key, "uniform", "the stem alone takes more")
+                continue
+            truncated(bench, spec, key, "uniform")
+            aware = tnc.compress(bench.dense, spec, calibration=bench.calibration)
+            bench.write(aware, 0.0, **key, step="uniform, aware")
+            repaired = tnc.repair(aware, bench.dense, bench.images)
+            bench.write(repaired, 0.0, **key, step="uniform, aware, repair")
 
 
 def truncated(bench: Bench, spec: dict, key: dict, step: str) -> None:
@@ -191,9 +191,7 @@ def attempt(bench: Bench, spec: dict, key: dict, step: str, **options) -> nn.Mod
     try:
         return tnc.compress(bench.dense, spec, example_inputs=bench.example, **options)
     except ValueError as error:
-        row = {"network": bench.network, "seeds": bench.seeds} | key | {"step": step, "no": str(error)}
-        append(bench.results, row)
-        print(bench.network, *key.values(), step, "can not be met", flush=True)
+        bench.refuse(key, step, str(error))
         return None
 
 
@@ -216,16 +214,17 @@ def uniform_spec(bench: Bench, fmt, resource_name: str, times: int) -> dict | No
     return spec_at(low) if low > 0 else None
 
 
-def peers(bench: Bench, times: int) -> None:
+def peers(bench: Bench, times_all: tuple[int, ...]) -> None:
     """Write the rows of tltorch's decompositions at as many parameters, before and after BatchNorm."""
     for name, factorization in PEERS.items():
-        key = {"resource": "params", "times": times, "format": name}
-        if bench.is_done(**key, step="uniform + BatchNorm"):
-            continue
-        started = time.perf_counter()
-        small = tltorch_model(bench, factorization, times)
-        bench.write(small, time.perf_counter() - started, **key, step="uniform")
-        bench.write(bench.with_batchnorm(small), 0.0, **key, step="uniform + BatchNorm")
+        for times in times_all:
+            key = {"resource": "params", "times": times, "format": name}
+            if bench.is_done(**key, step="uniform + BatchNorm"):
+                continue
+            started = time.perf_counter()
+            small = tltorch_model(bench, factorization, times)
+            bench.write(small, time.perf_counter() - started, **key, step="uniform")
+            bench.write(bench.with_batchnorm(small), 0.0, **key, step="uniform + BatchNorm")
 
 
 def tltorch_model(bench: Bench, factorization: str, times: int) -> nn.Module:
@@ -288,7 +287,7 @@ def take_time(network: str, results: Path) -> None:
 
     timed("plan without data", lambda: tnc.make_plan(dense, spec))
     calibration = timed("calibrate", lambda: tnc.calibrate(dense, batches))
-    found = timed("sensitivity", lambda: quick_sensitivity(dense, batches, calibration=calibration))
+    found = timed("sensitivity", lambda: tnc.quick_sensitivity(dense, batches, calibration=calibration))
     plan = timed("plan", lambda: tnc.make_plan(dense, spec, calibration=calibration, sensitivity=found))
     small = timed("compress", lambda: tnc.compress(dense, plan, calibration=calibration))
     timed("repair", lambda: tnc.repair(small, dense, batches))
@@ -350,10 +349,10 @@ def main() -> None:
     elif options.command == "time":
         take_time(options.network or "resnet20", options.results)
     elif options.command == "measure":
-        for network in [options.network] if options.network else DENSE:
+        for part, network in product(("main", "rest"), [options.network] if options.network else DENSE):
             for number, seeds in enumerate(SEEDS[network]):
                 if options.seed in (None, number):
-                    measure(Bench(network, seeds, options.weights, options.results))
+                    measure(Bench(network, seeds, options.weights, options.results), part)
     else:
         from accuracy_page import page
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from tncompress.tables import markdown_table
 
-FORMATS = ("svd", "svd kw", "tucker", "mps", "cp", "auto", "tltorch CP", "tltorch Tucker", "tltorch TT")
+FORMATS = ("auto", "cp", "mps", "svd", "tucker", "tltorch CP", "tltorch Tucker", "tltorch TT")
 STEPS = (
     "uniform",
     "uniform + BatchNorm",

@@ -19,6 +19,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(accuracy_at_size, "DATA", "digits")
     monkeypatch.setattr(accuracy_at_size, "IMAGES", 64)
     monkeypatch.setattr(accuracy_at_size, "TIMES", (4,))
+    monkeypatch.setattr(accuracy_at_size, "BOTH", (4,))
     monkeypatch.setattr(accuracy_at_size, "FORMATS", {"mps": "mps"})
     monkeypatch.setattr(accuracy_at_size, "PEERS", {"tltorch Tucker": "Tucker"})
     tnc.save_weights(
@@ -31,7 +32,8 @@ def small(monkeypatch, tmp_path):
 def test_every_row_keeps_its_cut_and_is_measured_once(small):
     results = small / "rows.jsonl"
     bench = accuracy_at_size.Bench("cnn4", (0, 0), small, results)
-    accuracy_at_size.measure(bench)
+    for part in ("main", "rest"):
+        accuracy_at_size.measure(bench, part)
     rows = list(accuracy_at_size.read(results))
     keys = [accuracy_at_size.key_of(row) for row in rows]
     assert len(set(keys)) == len(keys)
@@ -45,7 +47,8 @@ def test_every_row_keeps_its_cut_and_is_measured_once(small):
         if row.get("resource") in ("macs", "both"):
             assert row["macs"] <= 0.25
     again = accuracy_at_size.Bench("cnn4", (0, 0), small, results)
-    accuracy_at_size.measure(again)
+    for part in ("main", "rest"):
+        accuracy_at_size.measure(again, part)
     assert list(accuracy_at_size.read(results)) == rows
     text = accuracy_page.page(rows)
     assert "tltorch Tucker" in text

@@ -331,7 +331,7 @@ def repair(
     ] = Solved.all,
     bias: Annotated[bool, typer.Option(help="Make mean outputs those of the dense layers.")] = True,
     batchnorm: Annotated[bool, typer.Option(help="Take BatchNorm statistics again.")] = True,
-    classifier: Annotated[bool, typer.Option(help="Solve for the last linear layer.")] = False,
+    classifier: Annotated[bool, typer.Option(help="Solve for the last linear layer.")] = True,
     ridge: Annotated[
         float | None, typer.Option(min=0, help="Pull towards the dense kernels; default: by the data.")
     ] = None,

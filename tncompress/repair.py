@@ -33,7 +33,7 @@ def repair(
     bias: bool = True,
     batchnorm: bool = True,
     least_squares: Literal["all", "last", False] = "all",
-    classifier: bool = False,
+    classifier: bool = True,
     ridge: float | None = None,
     memory_limit: int = 4 * GIGABYTE,
     progress: bool = False,
@@ -53,9 +53,7 @@ def repair(
     2. ``bias``: mean outputs are made those of the dense layers; part of the first step, where that is
        made for a layer, and done on the dense model's inputs where it is not.
     3. ``batchnorm``: BatchNorm statistics are taken again (:func:`reestimate_batchnorm_`).
-    4. ``classifier``: the last linear layer is solved for the dense model's outputs likewise. Off by default:
-       it brings outputs nearer to the dense ones on the images given, but accuracy on others rises only
-       where much is still missing after the first step.
+    4. ``classifier``: the last linear layer is solved for the dense model's outputs likewise.
     """
     if least_squares not in ("all", "last", False):
         raise ValueError(f"least_squares is 'all', 'last' or False, got {least_squares!r}")

@@ -34,6 +34,9 @@ QUICK_MACS = 4e12
 QUICK_IMAGES = 8, 256
 """The fewest and the most images that it takes by itself."""
 
+QUICK_RATIOS = 0.5, 0.15, 0.05, 0.015
+"""Where it looks at each layer: the network's answer to large losses is no multiple of that to small ones."""
+
 _KEYS = 1
 """The version of what the keys of a cache are made from and of what its rows hold."""
 
@@ -83,7 +86,7 @@ def quick_sensitivity(
     batches: Iterable[Any],
     *,
     calibration: Calibration | Iterable[Any] | None = None,
-    ratios: Sequence[int | float] = (0.5, 0.125),
+    ratios: Sequence[int | float] = QUICK_RATIOS,
     keep_dense: Sequence[str] = KEEP_DENSE,
     include: Collection[str] = (),
     cache: str | Path | None = None,

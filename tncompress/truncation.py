@@ -16,7 +16,7 @@ from tncompress.formats import Fit, Format
 from tncompress.layers import TNConv
 from tncompress.metric import Metric
 from tncompress.ranks import NoRanks, choose
-from tncompress.selection import describe, memory_for
+from tncompress.selection import check_weight, describe, memory_for
 from tncompress.spec import ParamsRatio, Settings
 from tncompress.swap import adopt
 

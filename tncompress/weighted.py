@@ -43,9 +43,9 @@ def fit_in_metric(
     Minimises tr((W - W') C (W - W')') over all groups, with C the ``metric`` plus ``ridge`` times its mean
     diagonal, which keeps W' near W where the data say nothing. The metric's ``gradient``, if there is one,
     weighs the outputs, too: tr(G D C D'). ``start`` is a set of factors as in a fit, in place of the whitened
-    kernel's; with ``last_only`` the factor with the leg ``out`` alone is
-    solved for. A ``draft`` stops there, too, and makes its start in less time. The errors of the fit are those of the factors in the kernel's dtype; ``output_error`` is
-    sqrt(tr(D C D') / tr(W C W')), without ridge or gradient.
+    kernel's; with ``last_only`` the factor with the leg ``out`` alone is solved for. A ``draft`` stops there,
+    too, and makes its start in less time. The errors of the fit are those of the factors in the kernel's
+    dtype; ``output_error`` is sqrt(tr(D C D') / tr(W C W')), without ridge or gradient.
     """
     shape, work = tuple(kernels.shape[1:]), working_copy(kernels)
     network = _Network.of(format, shape)
