@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tncompress.calibrate import Calibration
 from tncompress.data import NAMES, DataSet, load_data
 from tncompress.discovery import find_layers
+from tncompress.export import load, read_manifest
+from tncompress.responses import Sensitivity
 from tncompress.weights import load_weights
 from tncompress.zoo import build_model
 
@@ -48,6 +50,10 @@ CalibrateOption = Annotated[
     int | None,
     typer.Option("--calibrate", min=1, help="The same, measured on so many unlabelled images of --data."),
 ]
+SensitivityOption = Annotated[
+    Path | None,
+    typer.Option("--sensitivity", help="What `tncompress sensitivity --out` wrote: judges a budget."),
+]
 OutOption = Annotated[Path, typer.Option("--out", help="A new folder for the result.", show_default=False)]
 DeviceOption = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")
@@ -56,6 +62,15 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Seed of shuffling, augm
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there already.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+FolderArgument = Annotated[Path, typer.Argument(help="A folder written by compress.", show_default=False)]
+ModelForFolder = Annotated[
+    str | None, typer.Option("--model", help="The architecture, where it was FILE.py:FACTORY.")
+]
+DenseOption = Annotated[
+    Path | None,
+    typer.Option("--weights", help="The dense model's weights; default: those given to compress."),
+]
 
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, MemoryError)
 
@@ -150,6 +165,11 @@ def moments_for(
     return data.calibration_loader(images, seed=seed) if data is not None and images is not None else None
 
 
+def sensitivity_in(path: Path | None) -> Sensitivity | None:
+    """Return the sensitivity in a file, if one is named."""
+    return Sensitivity.load(path) if path is not None else None
+
+
 def example_for(model: nn.Module, shape: str | None, data: DataSet | None, batch: int = 1) -> Tensor | None:
     """Return inputs: of the shape asked for, of the data, or of an image size that suits the model's kind.
 
@@ -176,3 +196,20 @@ def example_for(model: nn.Module, shape: str | None, data: DataSet | None, batch
     except Exception:  # a guess that does not fit is no error of the user's
         return None
     return guess
+
+
+def open_folder(
+    folder: Path, model: str | None, weights: Path | None, device: torch.device, *, need_weights: bool = True
+) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """Return the compressed model of ``folder``, the dense one it is from, and what save records of it."""
+    small = load(folder, model).to(device)
+    manifest = read_manifest(folder)
+    source = {**(manifest["source"] or {}), **({"source": model} if model else {})}
+    recorded = manifest.get("dense_weights")
+    path = weights or (Path(recorded) if recorded else None)
+    if path is None and need_weights:
+        raise ValueError(f"{folder} does not know the dense model's weights: give them with --weights")
+    dense = build_model(**source).eval()
+    if path is not None and (need_weights or path.exists()):
+        load_weights(dense, path)
+    return small, dense.to(device), {"source": source, "dense_weights": path}

@@ -11,8 +11,13 @@ over the rest finishes.
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -245,11 +250,11 @@ class _Table:
         self, values: ndarray, layers: ndarray, numbers: ndarray
     ) -> Int[ndarray, " n"] | None:
         """Return the choice among these candidates within the limits with the least summed value."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.optimize import Bounds, LinearConstraint
 
         costs = self.costs[layers, numbers]
         one_each = LinearConstraint(_one_each(layers, len(self.losses)), 1, 1)
-        found = milp(
+        found = _branch_and_bound(
             values,
             integrality=np.ones(len(values)),
             bounds=Bounds(0, 1),
@@ -260,7 +265,7 @@ class _Table:
 
     def closest(self) -> Int[ndarray, " n"]:
         """Return the choice whose largest cost, over its limit, is smallest."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.optimize import Bounds, LinearConstraint
         from scipy.sparse import hstack
 
         if self.costs.shape[2] == 1:
@@ -270,7 +275,7 @@ class _Table:
         one_each = hstack([_one_each(layers, n), np.zeros((n, 1))])  # the last variable is the factor
         within = np.column_stack([costs.T, -np.ones(costs.shape[1])])
         upper = np.append(np.ones(len(layers)), np.inf)
-        found = milp(
+        found = _branch_and_bound(
             np.append(np.zeros(len(layers)), 1.0),
             integrality=np.append(np.ones(len(layers)), 0),
             bounds=Bounds(0, upper),
@@ -287,6 +292,28 @@ class _Table:
         return Infeasible(
             tuple(smallest.tolist()), tuple((self.total(self.closest()) * self.limits).tolist())
         )
+
+
+def _branch_and_bound(*args: Any, **options: Any) -> Any:
+    """Return what ``scipy.optimize.milp`` does, without the lines that HiGHS prints behind Python's back.
+
+    They go to the process's standard output, where a program that reads JSON would find them.
+    """
+    from scipy.optimize import milp
+
+    with _PRINTING:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        try:
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+                return milp(*args, **options)
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+_PRINTING = threading.Lock()
 
 
 def _undominated(values: Float[ndarray, "c m"]) -> Int[ndarray, " kept"]:
