@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all bugs test-fast lint docs bench grid zoo clean
+.PHONY: demo test test-all bugs test-fast lint docs bench grid zoo accuracy clean
 
 demo: $(VENV)/.base
 	$(BIN)/tncompress demo --overwrite $(ARGS)
@@ -39,6 +39,13 @@ grid: $(VENV)/.base
 
 zoo: $(VENV)/.test
 	$(BIN)/python examples/zoo_table.py $(ARGS)
+
+accuracy: $(VENV)/.base
+	$(BIN)/python examples/accuracy_at_size.py train
+	$(BIN)/python examples/accuracy_at_size.py measure
+	$(BIN)/python examples/accuracy_at_size.py time --network resnet20
+	$(BIN)/python examples/accuracy_at_size.py time --network resnet50
+	$(BIN)/python examples/accuracy_at_size.py page
 
 # A stamp says which extras are installed, and is older than pyproject.toml when they have changed.
 $(VENV)/.base: pyproject.toml
