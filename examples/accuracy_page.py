@@ -33,11 +33,11 @@ WORDS = {
 INTRO = """# Accuracy at a given size
 
 What is left of the accuracy when a trained network is made smaller without labels, gradients or training:
-1,024 unlabelled images, and minutes on two cores. Fashion-MNIST, `zoo:cnn4` and `zoo:resnet20` as `tncompress
-train` trains them; accuracy in percent on the 10,000 test images, mean ± standard deviation over seeds (of the
-dense training and the images for cnn4, of the images for resnet20). The standard error of one accuracy is
-about 0.25 points; differences between steps on the same network and images are known better than that.
-Everything here is written by
+1,024 unlabelled images, and minutes on two cores. Fashion-MNIST, `zoo:cnn4` and `zoo:resnet20` as
+`tncompress train` trains them; accuracy in percent on the 10,000 test images, mean ± standard deviation over
+seeds (of the dense training and the images for cnn4, of the images for resnet20; no ± where one seed was
+measured). The standard error of one accuracy is about 0.25 points; differences between steps on the same
+network and images are known better than that. Everything here is written by `make accuracy`, that is
 
 ```console
 python examples/accuracy_at_size.py train
@@ -55,15 +55,16 @@ STEPS_TEXT = """
 The steps, each on top of the one before:
 
 - *uniform*: every layer but the stem truncated to the same ratio by the format's own decomposition (SVD,
-  TT-SVD with sweeps, HOOI, ALS); for tltorch by its `FactorizedConv.from_conv`, whose rank is bisected so that
-  it holds no more parameters than asked for;
+  TT-SVD with sweeps, HOOI, ALS); for tltorch by its `FactorizedConv.from_conv`, whose rank is bisected so
+  that it holds no more parameters than asked for;
 - *budget*: ranks (and with *auto* formats) from one budget over the model, by the errors of the kernels;
 - *aware*: the budget goes by the predicted change of the network's output, kernels are truncated in the norm
   of the layer's output, means are corrected;
 - *repair*: `tnc.repair`: least squares front to back, BatchNorm, the classifier.
 
 *+ BatchNorm* is the same network with BatchNorm's statistics taken again on the images: most of what plain
-truncation loses is their drift. *uniform, aware, repair* leaves out the budget. A dash: this cannot be met.
+truncation loses is their drift. *uniform, aware, repair* leaves out the budget. *svd* is the cut
+`out kw|in kh`. A dash: not measured, or it can't be met.
 """
 
 
@@ -169,9 +170,7 @@ def setbacks(groups: dict) -> str:
                 lines.append((network, WORDS[resource], f"{cut}x", name, before, after, shown(gaps)))
     if not lines:
         return "Nowhere by more than the spread over the seeds (or 0.05 points).\n"
-    text = (
-        "Steps after which the mean is lower by more than the spread of the difference (or 0.05 points):\n\n"
-    )
+    text = "After these the mean is lower by more than the spread of the difference (or 0.05 points):\n\n"
     return text + markdown_table(("network", "fewer", "cut", "format", "from", "to", "points"), lines) + "\n"
 
 
@@ -209,7 +208,7 @@ def output_errors(groups: dict) -> str:
         "accuracy TT-SVD",
         "accuracy data-aware",
     )
-    words = "The relative error of the logits of the test images (one ratio for all layers, no BatchNorm repair):\n\n"
+    words = "The relative error of the logits of the test images (one ratio for all layers, no repair):\n\n"
     return words + markdown_table(header, lines) + "\n"
 
 
@@ -227,7 +226,7 @@ def times(rows: list[dict]) -> str:
     header = ("seconds", *names, "all with data", "peak GiB")
     machine = ", ".join(f"{key} {value}" for key, value in next(iter(found.values()))["environment"].items())
     words = (
-        "All formats compete for a budget of a quarter of the parameters; 1,024 images (of 224 pixels, random, "
-        "for torchvision's ResNet-50 with random weights). Wall time in seconds:\n\n"
+        "All formats compete for a budget of a quarter of the parameters; 1,024 images (for torchvision's "
+        "ResNet-50, whose weights are random, random ones of 224 pixels). Wall time in seconds:\n\n"
     )
     return f"{words}{markdown_table(header, lines)}\n\n{machine}\n"
