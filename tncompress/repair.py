@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from tncompress.discovery import find_layers
 from tncompress.front_to_back import partners, solve_front_to_back, solve_last
 from tncompress.layer_solver import LayerRepair, Solver
 from tncompress.layers import TNConv
+from tncompress.measure import macs
 from tncompress.repair_report import Gauge, RepairReport, StepRepair
 from tncompress.running import copy_model, eval_mode, input_of_call, inputs_of
 
@@ -23,6 +25,9 @@ __all__ = ["RepairReport", "correct_bias_", "reestimate_batchnorm_", "repair"]
 M = TypeVar("M", bound=nn.Module)
 
 GIGABYTE = 2**30
+
+PASS_MACS, FEWEST = 2e12, 64
+"""What the dense model may take in one pass over the images, and how many images are used all the same."""
 
 
 def repair(
@@ -42,7 +47,8 @@ def repair(
 
     ``dense`` is the model that ``small`` was made from. ``batches`` is gone through once for each step, so
     it must be a loader or a list, not a generator; a batch is a tensor, or a tuple or mapping whose first
-    item is the input. Labels are never looked at. The steps, each of which can be switched off:
+    item is the input. Labels are never looked at. Where the dense model takes many multiply-accumulates, only
+    the first images are used (``PASS_MACS``; about 490 of 224 pixels with ResNet-50). The steps, each of which can be switched off:
 
     1. ``least_squares``: each compressed layer in turn is solved for the dense layer's outputs on the inputs
        that the layers repaired before it give: ``"all"`` factors, or the ``"last"``, the one with the leg
@@ -62,7 +68,7 @@ def repair(
     repaired = copy_model(small)
     names = [layer.name for layer in find_layers(repaired) if isinstance(layer.module, TNConv)]
     pairs = partners(repaired, dense, names)
-    images = _Images(batches, repaired)
+    images = _Images(batches, repaired).affordable(dense)
     book = _Book(repaired, Gauge(dense, images))
     layers: list[LayerRepair] = []
     if least_squares:
@@ -90,16 +96,29 @@ def repair(
 class _Images:
     """The inputs in ``batches``, each time from the start; ones that are not finite are an error."""
 
-    def __init__(self, batches: Iterable[Any], model: nn.Module) -> None:
-        self.batches, self.model = batches, model
+    def __init__(self, batches: Iterable[Any], model: nn.Module, most: int | None = None) -> None:
+        self.batches, self.model, self.most = batches, model, most
+
+    def affordable(self, dense: nn.Module) -> _Images:
+        """Return as many of them as ``dense`` takes within ``PASS_MACS``, and ``FEWEST`` at least."""
+        first = next(iter(self))
+        try:
+            each = macs(dense, first) / len(first)
+        except (RuntimeError, TypeError, ValueError):  # what the dense model does not take is said later
+            return self
+        return _Images(self.batches, self.model, max(FEWEST, int(PASS_MACS / max(each, 1))))
 
     def __iter__(self) -> Iterator[Tensor]:
+        left = math.inf if self.most is None else self.most
         for number, x in enumerate(inputs_of(self.batches, self.model)):
             if x.is_floating_point() and not bool(x.isfinite().all()):
                 raise ValueError(f"batch {number} of the calibration inputs holds NaN or infinite values")
             if not len(x):
                 continue
-            yield x
+            yield x if len(x) <= left else x[: int(left)]
+            left -= len(x)
+            if left <= 0:
+                break
 
 
 class _Book:

@@ -15,7 +15,7 @@ from tncompress.tables import render
 if TYPE_CHECKING:
     from rich.console import Group
 
-MEASURED = 256
+MEASURED = 128
 """How many images the model's output is measured on, before and after each step."""
 
 

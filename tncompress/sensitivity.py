@@ -28,7 +28,7 @@ from tncompress.swap import replace_all_
 from tncompress.tables import progress_bar
 from tncompress.truncation import Subject, Truncate, chosen, projected, ratio_of
 
-QUICK_MACS = 4e12
+QUICK_MACS = 2e12
 """What the forward passes of :func:`quick_sensitivity` may take together."""
 
 QUICK_IMAGES = 8, 256
