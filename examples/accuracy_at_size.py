@@ -38,6 +38,7 @@ EPOCHS = {"cnn4": 12, "resnet20": 20}
 TIMES, BOTH = (2, 4, 8, 16), (4, 8)
 FORMATS = {"mps": "mps", "cp": "cp", "tucker": "tucker", "svd": {"name": "svd", "cut": "out kw|in kh"}}
 PEERS = {"tltorch CP": "CP", "tltorch Tucker": "Tucker", "tltorch TT": "TT"}
+PARTS = ("goal", "main", "rest")
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "accuracy.jsonl"
 
@@ -115,16 +116,17 @@ class Bench:
 def measure(bench: Bench, part: str) -> None:
     """Write the rows of one network and pair of seeds, those of one part, that are not there yet.
 
-    The ``main`` part is all formats together under a budget, MPS and tltorch; the ``rest`` is each format by
-    itself.
+    The ``goal`` is all formats together under a budget; then come MPS and tltorch (``main``), and each format
+    by itself (``rest``).
     """
     first = {"mps": FORMATS["mps"]}
     rest = {name: fmt for name, fmt in FORMATS.items() if name not in first}
     if not bench.is_done(step="dense"):
         bench.write(bench.dense, 0.0, step="dense")
-    if part == "main":
+    if part == "goal":
         budgets(bench, "params", TIMES, {"auto": "auto"})
         budgets(bench, "both", BOTH, {"auto": "auto"})
+    elif part == "main":
         uniform(bench, "params", TIMES, first)
         peers(bench, TIMES)
         budgets(bench, "macs", TIMES, {"auto": "auto"})
@@ -349,7 +351,7 @@ def main() -> None:
     elif options.command == "time":
         take_time(options.network or "resnet20", options.results)
     elif options.command == "measure":
-        for part, network in product(("main", "rest"), [options.network] if options.network else DENSE):
+        for part, network in product(PARTS, [options.network] if options.network else DENSE):
             for number, seeds in enumerate(SEEDS[network]):
                 if options.seed in (None, number):
                     measure(Bench(network, seeds, options.weights, options.results), part)

@@ -32,7 +32,7 @@ def small(monkeypatch, tmp_path):
 def test_every_row_keeps_its_cut_and_is_measured_once(small):
     results = small / "rows.jsonl"
     bench = accuracy_at_size.Bench("cnn4", (0, 0), small, results)
-    for part in ("main", "rest"):
+    for part in accuracy_at_size.PARTS:
         accuracy_at_size.measure(bench, part)
     rows = list(accuracy_at_size.read(results))
     keys = [accuracy_at_size.key_of(row) for row in rows]
@@ -47,7 +47,7 @@ def test_every_row_keeps_its_cut_and_is_measured_once(small):
         if row.get("resource") in ("macs", "both"):
             assert row["macs"] <= 0.25
     again = accuracy_at_size.Bench("cnn4", (0, 0), small, results)
-    for part in ("main", "rest"):
+    for part in accuracy_at_size.PARTS:
         accuracy_at_size.measure(again, part)
     assert list(accuracy_at_size.read(results)) == rows
     text = accuracy_page.page(rows)
