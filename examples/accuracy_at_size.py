@@ -46,8 +46,10 @@ RESULTS = HERE.parent / "docs" / "accuracy.jsonl"
 class Bench:
     """One trained network, its calibration images and test split, and the file that results go to."""
 
-    def __init__(self, network: str, seeds: tuple[int, int], weights: Path, results: Path) -> None:
-        self.network, self.seeds, self.results = network, seeds, results
+    def __init__(
+        self, network: str, seeds: tuple[int, int], weights: Path, results: Path, *, brief: bool = False
+    ) -> None:
+        self.network, self.seeds, self.results, self.brief = network, seeds, results, brief
         self.data = load_data(DATA)
         self.dense = tnc.build_model(f"zoo:{network}", num_classes=10, in_channels=1).eval()
         tnc.load_weights(self.dense, weights / f"{network}-{seeds[0]}.safetensors")
@@ -144,7 +146,7 @@ def budgets(bench: Bench, resource_name: str, times_all: tuple[int, ...], format
         for times in times_all:
             key = {"resource": resource_name, "times": times, "format": name}
             spec = {"default": {"format": fmt}, "budget": bench.budget(resource_name, times)}
-            if not bench.is_done(**key, step="budget + BatchNorm"):
+            if not bench.brief and not bench.is_done(**key, step="budget + BatchNorm"):
                 truncated(bench, spec, key, "budget")
             if bench.is_done(**key, step="repair"):
                 continue
@@ -154,7 +156,8 @@ def budgets(bench: Bench, resource_name: str, times_all: tuple[int, ...], format
             if aware is None:
                 continue
             bench.write(aware, time.perf_counter() - started, **key, step="aware")
-            bench.write(bench.with_batchnorm(aware), 0.0, **key, step="aware + BatchNorm")
+            if not bench.brief:
+                bench.write(bench.with_batchnorm(aware), 0.0, **key, step="aware + BatchNorm")
             started = time.perf_counter()
             repaired = tnc.repair(aware, bench.dense, bench.images)
             bench.write(repaired, time.perf_counter() - started, **key, step="repair")
@@ -345,16 +348,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="number of the pair of seeds; all by default")
     parser.add_argument("--weights", type=Path, default=Path("accuracy-weights"))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--part", choices=PARTS, help="goal, then main, then rest by default")
+    parser.add_argument("--brief", action="store_true", help="leave out the steps before data-aware")
     options = parser.parse_args()
     if options.command == "train":
         train(options.weights)
     elif options.command == "time":
         take_time(options.network or "resnet20", options.results)
     elif options.command == "measure":
-        for part, network in product(PARTS, [options.network] if options.network else DENSE):
+        parts = [options.part] if options.part else PARTS
+        for part, network in product(parts, [options.network] if options.network else DENSE):
             for number, seeds in enumerate(SEEDS[network]):
                 if options.seed in (None, number):
-                    measure(Bench(network, seeds, options.weights, options.results), part)
+                    places = options.weights, options.results
+                    measure(Bench(network, seeds, *places, brief=options.brief), part)
     else:
         from accuracy_page import page
 
