@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -331,3 +332,15 @@ def test_wrong_options_are_refused(unchecked, option, value):
     dense = chain().double()
     with pytest.raises(ValueError, match=f"{option} is"):
         tnc.repair(compressed(dense, "svd"), dense, images(4), **{option: value})
+
+
+def test_models_that_take_long_are_repaired_on_the_first_images(monkeypatch):
+    module = sys.modules["tncompress.repair"]
+    monkeypatch.setattr(module, "PASS_MACS", 1)
+    monkeypatch.setattr(module, "FEWEST", 20)
+    dense, xs = chain().double().eval(), images(32)
+    small = compressed(dense, "mps")
+    few = tnc.repair(small, dense, xs)
+    assert {layer.images for layer in few.tncompress_repair.layers} == {20}
+    same = tnc.repair(small, dense, [torch.cat(list(xs))[:20]])
+    assert_close(few(xs[0]), same(xs[0]))
