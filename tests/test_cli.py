@@ -116,8 +116,8 @@ def test_repair_and_finetune(run, trained):
     mended = json.loads(run("repair small --data digits --images 256 --out mended --json").stdout)
     assert mended["accuracy"] >= 0
     steps = [step["name"] for step in mended["repair"]["steps"]]
-    assert steps == ["least squares", "BatchNorm"]
-    few = "--least-squares none --no-batchnorm --classifier --images 64 --out few"
+    assert steps == ["least squares", "BatchNorm", "classifier"]
+    few = "--least-squares none --no-batchnorm --no-classifier --images 64 --out few"
     assert "distance to the dense outputs" in run(f"repair small --data digits {few}").stdout
     result = run("finetune small --data digits --epochs 1 --out tuned --json")
     history = json.loads(result.stdout)

@@ -435,9 +435,13 @@ def test_cutting_a_stack_into_chunks_changes_nothing(monkeypatch):
     kernels = stack()
     whole = CP().fit_groups(kernels, (3,))
     seen = []
-    monkeypatch.setattr(
-        cp, "cp_als", lambda work, rank, fit=cp.cp_als: seen.append(len(work)) or fit(work, rank)
-    )
+    fit = cp.cp_als
+
+    def counted(work, *rest, **more):
+        seen.append(len(work))
+        return fit(work, *rest, **more)
+
+    monkeypatch.setattr(cp, "cp_als", counted)
     monkeypatch.setattr(cp, "CHUNK", 4 * (270 + 3 * 5 * 3 * 45))
     chunked = CP().fit_groups(kernels, (3,))
     assert seen == [4, 2]

@@ -48,7 +48,8 @@ def repair(
     ``dense`` is the model that ``small`` was made from. ``batches`` is gone through once for each step, so
     it must be a loader or a list, not a generator; a batch is a tensor, or a tuple or mapping whose first
     item is the input. Labels are never looked at. Where the dense model takes many multiply-accumulates, only
-    the first images are used (``PASS_MACS``; about 490 of 224 pixels with ResNet-50). The steps, each of which can be switched off:
+    the first images are used (``PASS_MACS``; about 490 of 224 pixels with ResNet-50). The steps, each of
+    which can be switched off:
 
     1. ``least_squares``: each compressed layer in turn is solved for the dense layer's outputs on the inputs
        that the layers repaired before it give: ``"all"`` factors, or the ``"last"``, the one with the leg
