@@ -226,7 +226,7 @@ def times(rows: list[dict]) -> str:
     header = ("seconds", *names, "all with data", "peak GiB")
     machine = ", ".join(f"{key} {value}" for key, value in next(iter(found.values()))["environment"].items())
     words = (
-        "All formats compete for a budget of a quarter of the parameters; 1,024 images (for torchvision's "
-        "ResNet-50, whose weights are random, random ones of 224 pixels). Wall time in seconds:\n\n"
+        "All formats compete for a budget of a quarter of the parameters, on 1,024 images (for torchvision's "
+        "ResNet-50 random ones of 224 pixels); weights are random. Wall time in seconds, two cores:\n\n"
     )
     return f"{words}{markdown_table(header, lines)}\n\n{machine}\n"

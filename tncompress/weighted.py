@@ -22,6 +22,8 @@ from tncompress.metric import Metric, add_ridge, roots
 
 SWEEPS, STEPS, TOLERANCE = 6, 8, 1e-3
 """Sweeps over the factors, conjugate gradient steps on each, and the gain below which sweeps end."""
+GRADIENT_RIDGE = 1e-3
+"""Part of the mean diagonal added to the second moments of gradients: all outputs count a little."""
 JITTER = 1e-12
 """Added to the normal equations, over their mean diagonal, where the data leave a direction out."""
 
@@ -65,10 +67,6 @@ def fit_in_metric(
     if unweigh is not None:
         factors[network.out] = network.on_out(factors[network.out], unweigh)
     return _as_fit(format, factors, kernels, work, plain)
-
-
-GRADIENT_RIDGE = 1e-3
-"""Part of the mean diagonal added to the second moments of gradients: all outputs count a little."""
 
 
 @dataclass(frozen=True)
