@@ -177,7 +177,7 @@ def _no_way(
     return (
         f"the budget {wanted} can't be met: {near}; in the way, by their part of the {list(asked)[worst]}: "
         f"{'; '.join(parts)}. Ask for more, keep fewer layers dense (keep_dense, include), lower min_rank "
-        "or round_to, or let all formats compete (format auto)"
+        "or round_to, or let all formats compete (format auto) where they do not yet"
     )
 
 

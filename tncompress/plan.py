@@ -19,7 +19,7 @@ from tncompress.geometry import ConvGeometry
 from tncompress.spec import FormatField, Spec, explain
 from tncompress.storage import new_file
 from tncompress.tables import count, ratio, render
-from tncompress.textfiles import one_line, parse_json, read_text
+from tncompress.textfiles import read_value
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -220,15 +220,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Return the plan that :meth:`save` wrote; errors are one line that names the file."""
-        text = read_text(Path(path), "plan")
-        try:
-            fields = parse_json(text)
-        except ValueError as error:
-            raise ValueError(f"plan {path} is not valid JSON: {one_line(error)}") from None
-        try:
-            return cls.from_dict(fields)
-        except ValueError as error:
-            raise ValueError(f"plan {path}: {error}") from None
+        return read_value(path, "plan", cls.from_dict)
 
     def __str__(self) -> str:
         return render(self)

@@ -72,21 +72,9 @@ def make_plan(
             progress=progress,
         )
     judge = Judge(moments, sensitivity, layers)
-    kept = kept_dense(spec, layers)
     modules = {layer.name: layer.module for layer in layers}
     calls = input_shapes(model, modules, example_inputs) if example_inputs is not None else {}
-    made: dict[str, Decision] = {}
-    for layer in watched(layers, "planning", show=progress):
-        rule = spec.rule_for(layer.names)
-        reason = layer.obstacle or kept.get(layer.name)
-        if reason is None and isinstance(rule, Rule) and rule.keep_dense:
-            reason = f"kept dense by the rule '{rule.pattern}'"
-        if reason is not None:
-            made[layer.name] = _skip(layer, reason, calls.get(layer.name))
-        elif under_budget(spec, rule):
-            check_weight(layer, needed=True)
-        else:
-            made[layer.name] = _plan_layer(layer, rule, spec, calls.get(layer.name), judge.metric(layer.name))
+    made = _by_rules(layers, spec, judge, calls, progress=progress)
     report = None
     if spec.budget is not None:
         decided = {name: one if isinstance(one, Skip) else one[0] for name, one in made.items()}
@@ -97,13 +85,38 @@ def make_plan(
         for layer in watched(open_layers, "fitting", show=progress):
             metric = judge.metric(layer.name)
             made[layer.name] = _carry_out(layer, chosen[layer.name], calls.get(layer.name), metric)
-        errors = {name: one[1].loss for name in chosen if isinstance(one := made[name], tuple) and one[1]}
-        report = replace(report, fitted=sum((judge.loss(name, error) for name, error in errors.items()), 0.0))
+        report = replace(report, fitted=_fitted_loss({name: made[name] for name in chosen}, judge))
     decisions = [(layer.name, made[layer.name]) for layer in layers]
     fits = {name: one[1] for name, one in decisions if isinstance(one, tuple) and one[1] is not None}
     planned = tuple(one if isinstance(one, Skip) else one[0] for _, one in decisions)
     plan = Plan(planned, spec, sum(p.numel() for p in model.parameters()), report, fits)
     return _with_shifts(plan, layers, moments) if moments is not None else plan
+
+
+def _by_rules(
+    layers: list[Layer], spec: Spec, judge: Judge, calls: Mapping[str, Calls], *, progress: bool
+) -> dict[str, Decision]:
+    """Return what becomes of each layer whose ranks are not left to a budget."""
+    kept, made = kept_dense(spec, layers), dict[str, Decision]()
+    for layer in watched(layers, "planning", show=progress):
+        rule = spec.rule_for(layer.names)
+        reason = layer.obstacle or kept.get(layer.name)
+        if reason is None and isinstance(rule, Rule) and rule.keep_dense:
+            reason = f"kept dense by the rule '{rule.pattern}'"
+        if reason is not None:
+            made[layer.name] = _skip(layer, reason, calls.get(layer.name))
+        elif under_budget(spec, rule):
+            check_weight(layer, needed=True)
+        else:
+            metric = judge.metric(layer.name)
+            made[layer.name] = _plan_layer(layer, rule, spec, calls.get(layer.name), metric)
+    return made
+
+
+def _fitted_loss(made: Mapping[str, Decision], judge: Judge) -> float:
+    """Return what the fits of these layers lose together, by the judge."""
+    fits = {name: one[1] for name, one in made.items() if not isinstance(one, Skip)}
+    return sum((judge.loss(name, fit.loss) for name, fit in fits.items() if fit is not None), 0.0)
 
 
 def with_fits(plan: Plan, layers: Sequence[Layer], calibration: Calibration) -> Plan:

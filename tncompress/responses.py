@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tncompress.spec import FormatField, explain
 from tncompress.storage import new_file
 from tncompress.tables import markdown_table, percent, render
-from tncompress.textfiles import one_line, parse_json, read_text
+from tncompress.textfiles import read_value
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -173,15 +173,7 @@ class Sensitivity:
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
         """Return the sensitivity that :meth:`save` wrote; errors are one line that names the file."""
-        text = read_text(Path(path), "sensitivity")
-        try:
-            fields = parse_json(text)
-        except ValueError as error:
-            raise ValueError(f"sensitivity {path} is not valid JSON: {one_line(error)}") from None
-        try:
-            return cls.from_dict(fields)
-        except ValueError as error:
-            raise ValueError(f"sensitivity {path}: {error}") from None
+        return read_value(path, "sensitivity", cls.from_dict)
 
     def to_markdown(self) -> str:
         """Return the rows as a Markdown table, under a line that says what they are."""

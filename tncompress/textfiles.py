@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+
+T = TypeVar("T")
 
 MAX_BYTES, MAX_DEPTH, MAX_VALUES, MAX_BITS = 2**26, 64, 10**6, 512
 """No settings are larger: a few letters of YAML, or a small hostile file, could otherwise fill the memory."""
@@ -127,3 +129,16 @@ def _parse_yaml(text: str) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def read_value(path: str | Path, what: str, make: Callable[[Any], T]) -> T:
+    """Return what ``make`` makes of the JSON in a file; errors are one line that names the file."""
+    text = read_text(Path(path), what)
+    try:
+        fields = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{what} {path} is not valid JSON: {one_line(error)}") from None
+    try:
+        return make(fields)
+    except ValueError as error:
+        raise ValueError(f"{what} {path}: {error}") from None
