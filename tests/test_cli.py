@@ -185,7 +185,7 @@ MISUSE = {
     "pattern": (f"{BASE} --spec pattern.yaml", "'layer9.*' matches no layer; the layers are conv1"),
     "broken yaml": (f"{BASE} --spec broken.yaml", "is not valid YAML"),
     "no spec": (f"{BASE} --spec none.yaml", "there is no spec file none.yaml"),
-    "model": ("plan --model zoo:cnn5", "unknown model 'zoo:cnn5': the zoo has cnn4, resnet20"),
+    "model": ("plan --model zoo:cnn5", "unknown model 'zoo:cnn5': the zoo has cnn4, resnet20, resnet50"),
     "model kind": ("plan --model cnn4", "wanted zoo:NAME"),
     "torchvision model": ("plan --model torchvision:resnet51", "resnet50"),
     "no weights": (f"{BASE} --weights none.safetensors", "no weights file none.safetensors"),

@@ -9,7 +9,7 @@ from conftest import choose, every_format_and_shape, every_tree_and_shape
 from tncompress.cuts import effective_rank
 from tncompress.formats import CP, MPS, SVD, Tucker
 from tncompress.ranks import NoRanks
-from tncompress.spec import EVBMF, Energy, Entropy, FixedRank, ParamsRatio, RelError, Settings
+from tncompress.spec import EVBMF, Energy, Entropy, FixedRank, ParamsRatio, RankFraction, RelError, Settings
 from tncompress.vbmf import evbmf_rank
 
 ERRORS = [RelError(0.3), RelError(0.05), Energy(0.9), Energy(0.999)]
@@ -141,6 +141,16 @@ def test_a_fixed_number_stands_for_every_bond(format, shape):
     many, _ = choose(kernel, Settings(format=format, rank=FixedRank((least,) * bonds)), allow_larger=True)
     assert one == many == format.feasible(shape, (least,) * bonds)
     assert [tuple(f.shape) for f in fit.factors] == list(format.factor_shapes(shape, one))
+
+
+@every_format_and_shape
+@pytest.mark.parametrize("fraction", [0.34, 1.0])
+@pytest.mark.usefixtures("quick_cp")
+def test_a_fraction_is_that_of_the_full_rank_of_every_bond(format, shape, fraction):
+    settings = Settings(format=format, rank=RankFraction(fraction))
+    ranks, _ = choose(torch.randn(shape, dtype=torch.float64), settings, allow_larger=True)
+    asked = tuple(max(1, math.ceil(fraction * top)) for top in format.max_ranks(shape))
+    assert ranks == format.feasible(shape, asked)
 
 
 @pytest.mark.parametrize("policy", [*ERRORS, *RATIOS, FixedRank(2)], ids=str)

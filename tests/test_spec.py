@@ -52,6 +52,7 @@ FULL = {
 
 POLICY_VALUES = {
     "fixed": [1, 32, (8, 4), [3]],
+    "rank_fraction": [0.25, 1, 1e-9],
     "params_ratio": [0.25, 1, 1e-9],
     "energy": [0.95, 1.0],
     "rel_error": [0.1, 1],
@@ -228,7 +229,7 @@ def test_patterns_are_shell_patterns_or_searched_expressions(pattern, name, matc
 # --- misuse -------------------------------------------------------------------------------------------------
 
 SETTINGS_KEYS = "format, rank, min_rank, max_rank, round_to"
-TAGS = "the tags are fixed, params_ratio, energy, rel_error"
+TAGS = "the tags are fixed, rank_fraction, params_ratio, energy, rel_error"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tncompress.zoo import (
     cnn4,
     list_models,
     resnet20,
+    resnet50,
 )
 
 
@@ -51,7 +52,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("classes", [10, 7])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("make", [cnn4, resnet20])
+@pytest.mark.parametrize("make", [cnn4, resnet20, resnet50])
 @pytest.mark.parametrize("size", [28, 32])
 def test_logits_have_a_column_for_each_class(make, classes, channels, size):
     model = make(num_classes=classes, in_channels=channels)
@@ -104,7 +105,9 @@ def test_depths_that_are_no_cifar_resnet_are_refused(depth):
         CifarResNet(depth)
 
 
-@pytest.mark.parametrize("make", [cnn4, resnet20, lambda **k: build_model("torchvision:resnet18", **k)])
+@pytest.mark.parametrize(
+    "make", [cnn4, resnet20, resnet50, lambda **k: build_model("torchvision:resnet18", **k)]
+)
 def test_counts_below_one_are_refused(make):
     with pytest.raises(ValueError, match=r"^num_classes must be at least 1, got 0$"):
         make(num_classes=0)
@@ -119,7 +122,7 @@ def test_counts_below_one_are_refused(make):
 def test_the_zoo_builds_each_model_it_lists(name):
     model = build_model(f"zoo:{name}", num_classes=5, in_channels=2)
     assert model(torch.randn(1, 2, 32, 32)).shape == (1, 5)
-    assert type(build_model(f"zoo:{name}")) in (CNN4, CifarResNet)
+    assert type(build_model(f"zoo:{name}")) in (CNN4, CifarResNet, torchvision.models.ResNet)
 
 
 def test_torchvision_models_are_built_with_random_weights():
@@ -154,13 +157,14 @@ def test_torchvision_refuses_what_it_can_not_build():
 )
 def test_other_sources_are_refused(source):
     with pytest.raises(
-        ValueError, match=r"^unknown model .* wanted zoo:NAME \(cnn4, resnet20\), .* PATH/FILE.py:FACTORY$"
+        ValueError,
+        match=r"^unknown model .* wanted zoo:NAME \(cnn4, resnet20, resnet50\), .* PATH/FILE.py:FACTORY$",
     ):
         build_model(source)
 
 
 def test_names_not_in_the_zoo_list_those_that_are():
-    with pytest.raises(ValueError, match=r"^unknown model 'zoo:vgg': the zoo has cnn4, resnet20$"):
+    with pytest.raises(ValueError, match=r"^unknown model 'zoo:vgg': the zoo has cnn4, resnet20, resnet50$"):
         build_model("zoo:vgg")
 
 

@@ -10,6 +10,7 @@ True
 
 from tncompress.calibrate import Calibration, calibrate
 from tncompress.cuts import Cut
+from tncompress.cutting import AchievedCut, Truncation, truncate
 from tncompress.export import export_onnx, load, save
 from tncompress.finetune import FinetuneConfig, History, finetune, train_
 from tncompress.formats import CP, MPS, SVD, Format, Tucker, register_format
@@ -29,6 +30,7 @@ from tncompress.spec import (
     Entropy,
     FixedRank,
     ParamsRatio,
+    RankFraction,
     RelError,
     Rule,
     Settings,
@@ -45,6 +47,7 @@ __all__ = [
     "EVBMF",
     "MPS",
     "SVD",
+    "AchievedCut",
     "Budget",
     "BudgetReport",
     "Calibration",
@@ -59,6 +62,7 @@ __all__ = [
     "LayerPlan",
     "ParamsRatio",
     "Plan",
+    "RankFraction",
     "RelError",
     "RepairReport",
     "Report",
@@ -68,6 +72,7 @@ __all__ = [
     "Skip",
     "Spec",
     "TNConv",
+    "Truncation",
     "Tucker",
     "build_model",
     "calibrate",
@@ -87,4 +92,5 @@ __all__ = [
     "save_weights",
     "sensitivity",
     "train_",
+    "truncate",
 ]

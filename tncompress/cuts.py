@@ -94,6 +94,14 @@ class Cut:
         left_modes = tuple(mode for mode, name in enumerate(names) if name in left)
         return left_modes, tuple(mode for mode in range(ndim) if mode not in left_modes)
 
+    def crosses(self, other: Cut, ndim: int) -> bool:
+        """Say whether each side of one cut holds legs of both sides of the other.
+
+        Truncations along cuts that do not cross commute with each other's ranks, and their discarded weights
+        add. Along crossing cuts the second truncation can raise the rank across the first again.
+        """
+        return all(set(mine) & set(theirs) for mine in self.modes(ndim) for theirs in other.modes(ndim))
+
 
 def all_cuts(ndim: int) -> tuple[Cut, ...]:
     """Return every bipartition of an ``ndim``-mode kernel: 1, 3, 7, 15 of them for 2 to 5 modes.

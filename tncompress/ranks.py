@@ -32,6 +32,7 @@ from tncompress.spec import (
     Entropy,
     FixedRank,
     ParamsRatio,
+    RankFraction,
     RankPolicy,
     RelError,
     Settings,
@@ -67,7 +68,7 @@ def choose(
     """
     format, policy = settings.one_format, settings.rank
     groups, *shape = kernels.shape
-    if isinstance(policy, FixedRank):
+    if isinstance(policy, FixedRank | RankFraction):
         ranks = _fixed(format, tuple(shape), policy)
         _check_size(format, tuple(shape), ranks, groups, limit)
         return ranks, fit_at(format, kernels, ranks, metric)
@@ -157,8 +158,10 @@ def _allowed_error(policy: RankPolicy) -> float:
     raise TypeError(f"unknown rank policy {policy!r}")
 
 
-def _fixed(format: Format, shape: tuple[int, ...], policy: FixedRank) -> Ranks:
-    if isinstance(policy.ranks, int):
+def _fixed(format: Format, shape: tuple[int, ...], policy: FixedRank | RankFraction) -> Ranks:
+    if isinstance(policy, RankFraction):
+        asked = tuple(policy.of(top) for top in format.max_ranks(shape))
+    elif isinstance(policy.ranks, int):
         asked = tuple(min(policy.ranks, top) for top in format.max_ranks(shape))
     else:
         asked = tuple(policy.ranks)

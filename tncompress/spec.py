@@ -65,6 +65,25 @@ class FixedRank(RankPolicy):
 
 
 @dataclass(frozen=True)
+class RankFraction(RankPolicy):
+    """At each bond this part of the largest rank that it can have, rounded up."""
+
+    fraction: int | float
+    tag: ClassVar[str] = "rank_fraction"
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, self.fraction)
+
+    def of(self, full: int) -> int:
+        """Return the rank of a bond whose largest is ``full``.
+
+        >>> RankFraction(0.3).of(9), RankFraction(0.07).of(100), RankFraction(0.01).of(3)
+        (3, 7, 1)
+        """
+        return max(1, math.ceil(self.fraction * full - 1e-9))
+
+
+@dataclass(frozen=True)
 class ParamsRatio(RankPolicy):
     """The smallest error with at most ``ratio`` times the parameters of the dense kernel."""
 
@@ -131,7 +150,7 @@ class EVBMF(RankPolicy):
 
 
 POLICIES: dict[str, type[RankPolicy]] = {
-    policy.tag: policy for policy in (FixedRank, ParamsRatio, Energy, RelError, Entropy, EVBMF)
+    policy.tag: policy for policy in (FixedRank, RankFraction, ParamsRatio, Energy, RelError, Entropy, EVBMF)
 }
 
 
@@ -186,7 +205,8 @@ class Settings(BaseModel):
     With the format ``auto``, under a budget, every format competes: those of
     :func:`tncompress.formats.all_contenders`.
     ``min_rank`` and ``max_rank`` bind the chosen ranks, ``round_to`` takes them to multiples (a bond whose
-    maximum is smaller, or no multiple, may still be full); they do not touch a :class:`FixedRank`.
+    maximum is smaller, or no multiple, may still be full); they do not touch a :class:`FixedRank` or a
+    :class:`RankFraction`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -20,6 +20,7 @@ __all__ = [
     "cnn4",
     "list_models",
     "resnet20",
+    "resnet50",
 ]
 
 
@@ -118,14 +119,29 @@ def resnet20(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
     return CifarResNet(20, num_classes, in_channels)
 
 
-_ZOO: dict[str, Callable[..., nn.Module]] = {"cnn4": cnn4, "resnet20": resnet20}
+def resnet50(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
+    """Return torchvision's ResNet-50 with a stem for small images, with random weights.
+
+    The first convolution is 3x3 without a stride, and nothing is pooled behind it.
+    """
+    from torchvision.models import resnet50 as build
+
+    _check_counts(num_classes=num_classes, in_channels=in_channels)
+    model = build(num_classes=num_classes)
+    model.conv1 = _conv3x3(in_channels, 64)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as its other layers
+    model.maxpool = nn.Identity()
+    return model
+
+
+_ZOO: dict[str, Callable[..., nn.Module]] = {"cnn4": cnn4, "resnet20": resnet20, "resnet50": resnet50}
 
 
 def list_models() -> list[str]:
     """Return the names that ``build_model`` takes after ``zoo:``.
 
     >>> list_models()
-    ['cnn4', 'resnet20']
+    ['cnn4', 'resnet20', 'resnet50']
     """
     return sorted(_ZOO)
 
