@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tncompress.calibrate import Calibration, as_calibration
-from tncompress.cut_atlas import MEASURES, CutAtlas
-from tncompress.cut_rows import CutRow
+from tncompress.cut_atlas import CutAtlas
+from tncompress.cut_rows import MEASURES, CutRow
 from tncompress.discovery import Layer, find_layers, refuse_wrapped
 from tncompress.kernel_spectra import CONTROLS, Spectrum, control, output_spectra, spectra
 from tncompress.metric import Metric
@@ -110,9 +110,7 @@ class _Subject:
         with memory_for(describe(self.layer.name, self.weight)):
             weights = {"trained": self.weight}
             for kind in self.controls:
-                weights[kind] = control(
-                    kind, self.weight, self.layer.geometry, self.seed, self.layer.name
-                )
+                weights[kind] = control(kind, self.weight, self.layer.geometry, self.seed, self.layer.name)
             stacks = {kind: self.layer.geometry.kernels(weight) for kind, weight in weights.items()}
             plain = {kind: spectra(kernels) for kind, kernels in stacks.items()}
             found = [row for kind, own in plain.items() for row in self._rows(kind, "norm", own)]
@@ -146,7 +144,7 @@ def _all_rows(subjects: list[_Subject], *, show: bool) -> tuple[CutRow, ...]:
 
 
 def _is_convolution(layer: Layer) -> bool:
-    return "linear" not in layer.kind.lower() and layer.geometry.ndim > 0
+    return layer.geometry.ndim > 0
 
 
 def _unreadable(layer: Layer) -> str | None:

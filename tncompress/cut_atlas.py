@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tncompress.cut_rows import QUARTER, CutRow
+from tncompress.cut_rows import QUARTER, CutRow, RowFile, cut_order, measured
 from tncompress.cuts import Cut
-from tncompress.kernel_spectra import short_name
 from tncompress.plan import Skip
 from tncompress.spec import explain
 from tncompress.storage import new_file
@@ -24,9 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Group
 
-_FROM_FILE = ConfigDict(extra="ignore", allow_inf_nan=False)
 _MOST_VALUES = MAX_BYTES // 8
 """How many numbers a file may hold: an atlas is mostly numbers, of some eighteen letters each."""
+
+
+MEAN, FEW = "mean,", 8
+"""How lines of means begin, and from how many layers on a table states a trend with depth."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ class CutAtlas:
     @property
     def cuts(self) -> tuple[str, ...]:
         """The cuts of all layers, those with one leg on a side first."""
-        names = dict.fromkeys(row.cut for row in self.rows)
-        return tuple(sorted(names, key=lambda name: name.split("|")[0].count(" ")))
+        return tuple(sorted({row.cut for row in self.rows}, key=cut_order))
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ class CutAtlas:
     # --- as a table -----------------------------------------------------------------------------------------
 
     def to_frame(self, kind: Literal["pandas", "polars"] = "pandas", *, spectra: bool = False) -> Any:
-        """Return the rows as a data frame, one line for each kernel and cut; ``spectra`` as a column of lists.
+        """Return the rows as a data frame; with ``spectra`` these are a column of lists.
 
         Losses are relative errors, entropies in nats; ``params_*`` is what the two factors hold, over what
         the kernel holds.
@@ -173,7 +173,7 @@ class CutAtlas:
             if kind == "pandas":
                 import pandas as library
             else:
-                import polars as library  # type: ignore[no-redef]
+                import polars as library
         except ImportError:
             raise ImportError(
                 f"a {kind} frame needs {kind}: pip install {kind} (or tncompress[frames])"
@@ -218,29 +218,26 @@ class CutAtlas:
         return f"{len(self.layers)} layers across {len(self.cuts)} cuts{data}{controls}{left}"
 
     def digests(self) -> Iterable[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-        """Yield a caption, a header and the lines of a table for each kernel and metric."""
+        """Yield a caption, a header and the lines of a table for each metric; the last lines sum up."""
         for metric in self.metrics:
-            for kernel in self.kernels:
-                rows = [row for row in self.rows if (row.metric, row.kernel) == (metric, kernel)]
-                if rows:
-                    where = "" if metric == "norm" else ", in the norm of the output"
-                    caption = f"Correlation entropy over its largest value, {kernel} kernels{where}"
-                    yield caption, ("layer", "kernel", *self.cuts), self._lines(rows)
+            where = "" if metric == "norm" else ", in the norm of the output"
+            rows = [row for row in self.rows if (row.metric, row.kernel) == (metric, "trained")]
+            caption = f"Correlation entropy over its largest value, trained kernels{where}"
+            yield caption, ("layer", "kernel", *self.cuts), [*_lines(rows, self.cuts), *self._sums(metric)]
 
-    def _lines(self, rows: list[CutRow]) -> list[tuple[str, ...]]:
-        cells: dict[tuple[str, str], dict[str, str]] = {}
-        for row in rows:
-            groups = f" /{row.groups}" if row.groups > 1 else ""
-            key = row.layer, "x".join(map(str, row.shape)) + groups
-            relative = row.relative_entropy
-            cells.setdefault(key, {})[row.cut] = f"{relative:.3f}" if relative is not None else "-"
-        lines = [(*key, *(own.get(cut, "") for cut in self.cuts)) for key, own in cells.items()]
-        kernel, metric = rows[0].kernel, rows[0].metric
-        trends = [self.trend(cut, kernel=kernel, metric=metric) for cut in self.cuts]
-        if any(trend is not None for trend in trends):
+    def _sums(self, metric: str) -> Iterator[tuple[str, ...]]:
+        """Yield the means over the layers, those of the controls beside, and the trend with depth."""
+        for kernel in self.kernels if len(self.layers) > 1 else ():
+            means = []
+            for cut in self.cuts:
+                rows = [r for r in self.rows if (r.metric, r.kernel, r.cut) == (metric, kernel, cut)]
+                values = [value for row in rows if (value := measured(row, "entropy")) is not None]
+                means.append(f"{sum(values) / len(values):.3f}" if values else "")
+            yield "", f"{MEAN} {kernel}", *means
+        if len(self.layers) >= FEW:
+            trends = [self.trend(cut, metric=metric) for cut in self.cuts]
             words = [f"{trend:+.2f}" if trend is not None else "" for trend in trends]
-            lines.append(("correlation with depth", "Spearman", *words))
-        return lines
+            yield "", "Spearman with depth", *words
 
     def __str__(self) -> str:
         return render(self)
@@ -256,7 +253,7 @@ class CutAtlas:
             for number, column in enumerate(header):
                 table.add_column(Text(column), justify="right" if number > 1 else "left", overflow="fold")
             for line in body:
-                if line[1] == "Spearman":
+                if line[1] == f"{MEAN} trained":
                     table.add_section()
                 table.add_row(*map(Text, line))
             parts.append(table)
@@ -297,23 +294,15 @@ class CutAtlas:
             fresh.write_text(self.to_html(title), encoding="utf-8")
 
 
-MEASURES: dict[str, str] = {
-    "entropy": "correlation entropy / log(full rank)",
-    "rank": "norm loss at a quarter of the full rank",
-    "params": "norm loss at a quarter of the parameters",
-}
-"""What layers and cuts are compared by, and what it is called."""
-
-
-def measured(row: CutRow, measure: str) -> float | None:
-    """Return a measure of one row; None where the cut leaves nothing to measure."""
-    if measure not in MEASURES:
-        raise ValueError(f"a measure is one of {', '.join(MEASURES)}, got {measure!r}")
-    if row.full == 1 or row.norm == 0:
-        return None
-    if measure == "entropy":
-        return row.relative_entropy
-    return row.loss_at_rank(QUARTER) if measure == "rank" else row.loss_at_params(QUARTER)
+def _lines(rows: Iterable[CutRow], cuts: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return a line for each layer: name, kernel, and the relative entropy across each of ``cuts``."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        groups = f" /{row.groups}" if row.groups > 1 else ""
+        key = row.layer, "x".join(map(str, row.shape)) + groups
+        relative = row.relative_entropy
+        cells.setdefault(key, {})[row.cut] = f"{relative:.3f}" if relative is not None else "-"
+    return [(*key, *(own.get(cut, "") for cut in cuts)) for key, own in cells.items()]
 
 
 def _same(cut: Cut, row: CutRow) -> bool:
@@ -322,34 +311,6 @@ def _same(cut: Cut, row: CutRow) -> bool:
     except ValueError:  # legs that this kernel does not have
         return False
     return set(modes) == set(Cut.parse(row.cut).modes(len(row.shape)))
-
-
-class _RowFile(BaseModel):
-    """A row in a file. What follows from the spectrum is there for other readers, and made anew."""
-
-    model_config = _FROM_FILE
-
-    layer: str
-    depth: int
-    cut: str
-    kernel: Literal["trained", "random", "shuffled"]
-    metric: Literal["norm", "data"]
-    shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2, max_length=5)]
-    groups: Annotated[int, Field(ge=1)]
-    spectrum: Annotated[int, Field(ge=0)]
-    entropy: float
-
-    def made(self, spectra: tuple[tuple[float, ...], ...]) -> CutRow:
-        where = f"this is no atlas: the row of layer {self.layer!r}, cut {self.cut!r}"
-        if self.spectrum >= len(spectra):
-            raise ValueError(f"{where} names spectrum {self.spectrum} of {len(spectra)}")
-        fields = {name: getattr(self, name) for name in type(self).model_fields if name != "entropy"}
-        row = CutRow(**fields | {"spectrum": spectra[self.spectrum]})
-        if any(a < b for a, b in zip(row.spectrum, row.spectrum[1:], strict=False)):
-            raise ValueError(f"{where} has a spectrum that is not sorted")
-        if not math.isclose(row.entropy, self.entropy, rel_tol=1e-6, abs_tol=1e-9):
-            raise ValueError(f"{where} has entropy {self.entropy:.6g}, its spectrum {row.entropy:.6g}")
-        return row
 
 
 class _AtlasFile(BaseModel):
@@ -361,6 +322,6 @@ class _AtlasFile(BaseModel):
     losses: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
     seed: int
     images: int | None
-    rows: tuple[_RowFile, ...]
+    rows: tuple[RowFile, ...]
     spectra: tuple[tuple[Annotated[float, Field(ge=0)], ...], ...]
     skipped: tuple[Skip, ...]

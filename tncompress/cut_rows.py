@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from tncompress.cuts import Cut
+from tncompress.cuts import LEGS, Cut
 from tncompress.kernel_spectra import sides
 
 KernelKind = Literal["trained", "random", "shuffled"]
@@ -84,9 +84,9 @@ class CutRow:
 
     @cached_property
     def entropy(self) -> float:
-        """The correlation entropy -sum p log p of the :attr:`weights`, in nats, as in :mod:`~tncompress.cuts`."""
+        """The correlation entropy -sum p log p of the :attr:`weights`, in nats."""
         p = self.weights[self.weights > 0]
-        return float(max(-(p * np.log(p)).sum(), 0.0))
+        return max(0.0, -float((p * np.log(p)).sum()))
 
     @property
     def relative_entropy(self) -> float | None:
@@ -142,3 +142,57 @@ class CutRow:
             "loss_at_quarter_rank": self.loss_at_rank(QUARTER),
             "loss_at_quarter_params": self.loss_at_params(QUARTER),
         }
+
+
+MEASURES: dict[str, str] = {
+    "entropy": "correlation entropy / log(full rank)",
+    "rank": "norm loss at a quarter of the full rank",
+    "params": "norm loss at a quarter of the parameters",
+}
+"""What layers and cuts are compared by, and what it is called."""
+
+
+def measured(row: CutRow, measure: str) -> float | None:
+    """Return a measure of one row; None where the cut leaves nothing to measure."""
+    if measure not in MEASURES:
+        raise ValueError(f"a measure is one of {', '.join(MEASURES)}, got {measure!r}")
+    if row.full == 1 or row.norm == 0:
+        return None
+    if measure == "entropy":
+        return row.relative_entropy
+    return row.loss_at_rank(QUARTER) if measure == "rank" else row.loss_at_params(QUARTER)
+
+
+def cut_order(name: str) -> tuple[int, list[int]]:
+    """Return by what cuts are put in order: the number of legs on the left, and which they are."""
+    left = Cut.parse(name).left
+    return len(left), [LEGS.index(leg) for leg in left]
+
+
+class RowFile(BaseModel):
+    """A row in a file. What follows from the spectrum is there for other readers, and made anew."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    layer: str
+    depth: int
+    cut: str
+    kernel: Literal["trained", "random", "shuffled"]
+    metric: Literal["norm", "data"]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2, max_length=5)]
+    groups: Annotated[int, Field(ge=1)]
+    spectrum: Annotated[int, Field(ge=0)]
+    entropy: float
+
+    def made(self, spectra: tuple[tuple[float, ...], ...]) -> CutRow:
+        """Return the row; a ``ValueError`` where its numbers contradict its spectrum."""
+        where = f"this is no atlas: the row of layer {self.layer!r}, cut {self.cut!r}"
+        if self.spectrum >= len(spectra):
+            raise ValueError(f"{where} names spectrum {self.spectrum} of {len(spectra)}")
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name != "entropy"}
+        row = CutRow(**fields | {"spectrum": spectra[self.spectrum]})
+        if any(a < b for a, b in zip(row.spectrum, row.spectrum[1:], strict=False)):
+            raise ValueError(f"{where} has a spectrum that is not sorted")
+        if not math.isclose(row.entropy, self.entropy, rel_tol=1e-6, abs_tol=1e-9):
+            raise ValueError(f"{where} has entropy {self.entropy:.6g}, its spectrum {row.entropy:.6g}")
+        return row

@@ -42,7 +42,8 @@ def control(kind: str, weight: Tensor, geometry: ConvGeometry, seed: int, name: 
     """Return a weight like ``weight`` that no training made; the global random numbers are left alone.
 
     ``random`` is what torch's own class of the layer begins with (uniform within 1 / sqrt(fan in)), drawn on
-    the CPU from ``seed`` and the layer's ``name``; ``shuffled`` has the entries of each group in a random order.
+    the CPU from ``seed`` and the layer's ``name``; ``shuffled`` has the entries of each
+    group in a random order.
     """
     word = hashlib.blake2b(f"{seed} {kind} {name}".encode(), digest_size=6).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(word, "big"))
@@ -61,7 +62,8 @@ def spectra(kernels: Tensor) -> dict[str, Spectrum]:
 
     Legs of size 1 make cuts alike: each different matrix is decomposed once.
     """
-    shape, found = tuple(kernels.shape[1:]), {}
+    shape = tuple(kernels.shape[1:])
+    found: dict[str, Spectrum] = {}
     for name, (cut, alike) in _cuts(shape).items():
         if alike in found:
             found[name] = found[alike]
@@ -130,7 +132,8 @@ def _splits_off_out(cut: Cut, shape: tuple[int, ...]) -> bool:
 
 def _cuts(shape: tuple[int, ...]) -> dict[str, tuple[Cut, str]]:
     """Return each cut by its short name, with the name of the first that makes the same matrix."""
-    names, firsts, found = legs_of(len(shape)), {}, {}
+    names, found = legs_of(len(shape)), {}
+    firsts: dict[frozenset[frozenset[str]] | None, str] = {}
     long = {name for name, size in zip(names, shape, strict=True) if size > 1}
     for cut in all_cuts(len(shape)):
         parts = frozenset(cut.left) & long, frozenset(cut.right) & long

@@ -90,10 +90,12 @@ def joint_singular_values(
     are rounded at 6e-8. Products are made in float64, out of the reach of TF32. No scale is too large or
     too small.
     """
-    peak = matrices.detach().abs().amax().double()
+    work = working_copy(matrices)
+    peak = work.abs().amax() if matrices.dtype == torch.float64 else work.new_ones(())
     if not bool(peak > 0):
-        return peak.new_zeros(min(matrices.shape[1:]))
-    work = matrices.detach().double() / peak
+        return work.new_zeros(min(matrices.shape[1:]))
+    if matrices.dtype == torch.float64:  # squares of other numbers are no trouble
+        work = work / peak
     if 1 in matrices.shape[1:]:
         return peak * torch.linalg.vector_norm(work).reshape(1)
     if matrices.dtype == torch.float64 if exact is None else exact:
