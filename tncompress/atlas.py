@@ -38,7 +38,7 @@ def atlas(
     controls: Sequence[str] = (),
     include: Collection[str] = (),
     linear: bool = False,
-    losses: Sequence[float] = LOSSES,
+    losses: Sequence[int | float] = LOSSES,
     seed: int = 0,
     progress: bool = False,
 ) -> CutAtlas:

@@ -75,7 +75,7 @@ def plot_entropy(atlas: CutAtlas, *, metric: str = "norm") -> Figure:
         for kind in atlas.kernels:
             own = [row for row in rows if (row.cut, row.kernel) == (cut, kind) and row.full > 1]
             depths = [row.depth for row in own]
-            if kind == "trained":
+            if kind == "trained" and own:
                 tops = [math.log(row.full) for row in own]
                 ends = [depth - 0.45 for depth in depths], [depth + 0.45 for depth in depths]
                 ax.hlines(tops, *ends, color=GREY, linewidth=1.2, label="log(full rank)")

@@ -104,7 +104,7 @@ class CutRow:
             raise ValueError(f"the rank across {self.cut} is 0 to {self.full}, got {rank}")
         return math.sqrt(self.tails[rank])
 
-    def rank_for(self, loss: float) -> int:
+    def rank_for(self, loss: int | float) -> int:
         """Return the smallest rank, from 1, whose norm loss is at most ``loss``."""
         if not 0 <= loss < 1:
             raise ValueError(f"a norm loss is a number from 0 to below 1, got {loss!r}")
@@ -116,11 +116,11 @@ class CutRow:
         rows, columns = self.sides
         return rank * (rows + columns) / (rows * columns)
 
-    def loss_at_rank(self, fraction: float) -> float:
+    def loss_at_rank(self, fraction: int | float) -> float:
         """Return the norm loss at this part of the full rank, rounded up to a whole rank."""
         return self.rel_error(max(1, math.ceil(fraction * self.full - 1e-9)))
 
-    def loss_at_params(self, ratio: float) -> float | None:
+    def loss_at_params(self, ratio: int | float) -> float | None:
         """Return the norm loss at the largest rank whose factors hold at most ``ratio`` of the parameters.
 
         None where those of rank 1 hold more: across such a cut the kernel can't be that small.
