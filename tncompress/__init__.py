@@ -8,6 +8,7 @@
 True
 """
 
+from tncompress.atlas import CutAtlas, CutRow, atlas
 from tncompress.calibrate import Calibration, calibrate
 from tncompress.cuts import Cut
 from tncompress.cutting import AchievedCut, Truncation, truncate
@@ -53,6 +54,8 @@ __all__ = [
     "Calibration",
     "ConvGeometry",
     "Cut",
+    "CutAtlas",
+    "CutRow",
     "Energy",
     "Entropy",
     "FinetuneConfig",
@@ -74,6 +77,7 @@ __all__ = [
     "TNConv",
     "Truncation",
     "Tucker",
+    "atlas",
     "build_model",
     "calibrate",
     "compress",

@@ -62,21 +62,21 @@ def read_text(path: Path, what: str) -> str:
         raise ValueError(f"{what} {path} is not a text file") from None
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, most_values: int = MAX_VALUES) -> Any:
     """Return what ``text`` stands for in strict JSON: no key twice, no NaN, not nested without end."""
     try:
         value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    check_extent(value)
+    check_extent(value, most_values)
     return value
 
 
-def check_extent(value: Any) -> None:
+def check_extent(value: Any, most_values: int = MAX_VALUES) -> None:
     """Raise ``ValueError`` where ``value`` is too deep or too large to be shown in an error message."""
     for number, _ in enumerate(_walk(value, ())):
-        if number >= MAX_VALUES:
-            raise ValueError(f"it stands for more than {MAX_VALUES} values: are there aliases of aliases?")
+        if number >= most_values:
+            raise ValueError(f"it stands for more than {most_values} values: are there aliases of aliases?")
 
 
 def _walk(value: Any, above: tuple[int, ...]) -> Iterator[Any]:
