@@ -37,6 +37,8 @@ from tncompress.spec import (
     Spec,
 )
 from tncompress.surgery import compress, merge
+from tncompress.sweep import sweep
+from tncompress.sweep_rows import Sweep
 from tncompress.weights import load_weights, save_weights
 from tncompress.zoo import build_model
 
@@ -71,6 +73,7 @@ __all__ = [
     "Settings",
     "Skip",
     "Spec",
+    "Sweep",
     "TNConv",
     "Truncation",
     "Tucker",
@@ -91,6 +94,7 @@ __all__ = [
     "save",
     "save_weights",
     "sensitivity",
+    "sweep",
     "train_",
     "truncate",
 ]

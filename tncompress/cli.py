@@ -10,6 +10,7 @@ import typer
 from tncompress import cli_options as cli
 from tncompress.cli_plan import calibrate, compress, plan, sensitivity
 from tncompress.cli_result import export, repair, report
+from tncompress.cli_sweep import sweep
 from tncompress.cli_train import evaluate, finetune, train
 from tncompress.demo import DemoConfig, run_demo
 from tncompress.tables import percent
@@ -72,7 +73,7 @@ def demo(
         cli.say(f"  {name:24} {what}")
 
 
-STEPS = demo, train, calibrate, sensitivity, plan, compress, repair, finetune, evaluate, report, export
+STEPS = demo, train, calibrate, sensitivity, sweep, plan, compress, repair, finetune, evaluate, report, export
 for step in STEPS:
     app.command()(step)
 
