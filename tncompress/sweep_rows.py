@@ -213,7 +213,8 @@ class Sweep:
         from rich.table import Table
         from rich.text import Text
 
-        caption = "\n".join(self._references())
+        left = (f"left out: {_left_out(entry)}" for entry in self.left_out)
+        caption = "\n".join([*self._references(), *left])
         table = Table(title=self._title(), title_justify="left", caption=caption, caption_justify="left")
         shown = self._columns()
         for i in shown:
@@ -226,10 +227,6 @@ class Sweep:
             first = cells[:2] if (row.label, row.cuts) != before else ("", "")
             table.add_row(*(Text((*first, *cells[2:])[i]) for i in shown))
             before = (row.label, row.cuts)
-        table.add_section()
-        for entry in self.left_out:
-            cells = entry.label, ", ".join(entry.cuts), "", entry.reason
-            table.add_row(*(Text(cell, style="italic") for cell in cells))
         return table
 
 

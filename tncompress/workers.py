@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -29,6 +29,7 @@ GRACE = 5.0
 """Seconds that a worker has to end by itself."""
 
 
+@runtime_checkable
 class Job(Protocol):
     """What is done with each unit."""
 
@@ -89,6 +90,23 @@ def _outcome(job: Job, unit: Any) -> tuple[bool, Any]:
         return False, error
 
 
+def _unpickled(payload: bytes) -> Job:
+    """Return the job, or one that says with each unit why there is none."""
+    try:
+        return pickle.loads(payload)
+    except Exception as error:  # above all a module that is not there
+        return _Missing(one_line(error))
+
+
+class _Missing:
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def run(self, unit: Any) -> Any:
+        hint = "the modules of the model and its data must be found there, too"
+        raise ImportError(f"a worker can't read its job ({self.reason}): {hint}")
+
+
 # --- processes of this machine ------------------------------------------------------------------------------
 
 
@@ -126,6 +144,9 @@ class _Processes:
         self.members += fresh
         for member in fresh:  # all import torch at the same time
             member.send(self.payload)
+        for member in fresh:
+            member.take()
+            member.began = True
 
     def close(self) -> None:
         for member in self.members:
@@ -134,11 +155,11 @@ class _Processes:
 
 
 class _Member:
-    """One worker process, seen from the parent; ``unit`` is what it is at."""
+    """One worker process, seen from the parent: whether it ``began``, and the ``unit`` that it is at."""
 
     def __init__(self, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.unit: Any = None
+        self.began, self.unit = False, None
         self.connection, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, threads), daemon=True)
         self.process.start()
@@ -151,11 +172,11 @@ class _Member:
             raise self._death() from None
 
     def give(self, unit: Any) -> bool:
+        self.unit = unit
         try:
             self.connection.send(unit)
         except OSError:
             raise self._death() from None
-        self.unit = unit
         return True
 
     def take(self) -> tuple[bool, Any]:
@@ -172,7 +193,7 @@ class _Member:
         how = (
             f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
         )
-        if self.unit is None:
+        if not self.began:
             hint = "a script calls this under `if __name__ == '__main__':`, as with all worker processes"
             return ChildProcessError(f"a worker process ended {how} before it had done anything: {hint}")
         hint = "what is measured is kept; start again, with fewer workers if memory was short"
@@ -181,7 +202,7 @@ class _Member:
     def stop(self) -> None:
         """End the process: at once if it is at something, for then its result is not wanted any more."""
         self.connection.close()
-        if self.unit is not None:
+        if self.unit is not None or not self.began:
             self.process.kill()
         self.process.join(GRACE)
         if self.process.is_alive():
@@ -196,7 +217,8 @@ def _serve(connection: Connection, threads: int) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        job = pickle.loads(connection.recv_bytes())
+        job = _unpickled(connection.recv_bytes())
+        connection.send((True, None))
         while True:
             connection.send(_outcome(job, connection.recv()))
     except (EOFError, OSError):
@@ -288,7 +310,7 @@ class _Actor:
 
         torch.set_num_threads(threads)
         self.node = ray.get_runtime_context().get_node_id()
-        self.job = pickle.loads(payload)
+        self.job = _unpickled(payload)
 
     def run(self, unit: Any) -> tuple[str, tuple[bool, Any]]:
         return self.node, _outcome(self.job, unit)
