@@ -38,6 +38,8 @@ from tncompress.spec import (
     Spec,
 )
 from tncompress.surgery import compress, merge
+from tncompress.sweep import sweep
+from tncompress.sweep_rows import Sweep
 from tncompress.weights import load_weights, save_weights
 from tncompress.zoo import build_model
 
@@ -74,6 +76,7 @@ __all__ = [
     "Settings",
     "Skip",
     "Spec",
+    "Sweep",
     "TNConv",
     "Truncation",
     "Tucker",
@@ -95,6 +98,7 @@ __all__ = [
     "save",
     "save_weights",
     "sensitivity",
+    "sweep",
     "train_",
     "truncate",
 ]

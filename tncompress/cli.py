@@ -11,6 +11,7 @@ from tncompress import cli_options as cli
 from tncompress.cli_atlas import atlas
 from tncompress.cli_plan import calibrate, compress, plan, sensitivity
 from tncompress.cli_result import export, repair, report
+from tncompress.cli_sweep import sweep
 from tncompress.cli_train import evaluate, finetune, train
 from tncompress.demo import DemoConfig, run_demo
 from tncompress.tables import percent
@@ -73,7 +74,21 @@ def demo(
         cli.say(f"  {name:24} {what}")
 
 
-STEPS = demo, train, atlas, calibrate, sensitivity, plan, compress, repair, finetune, evaluate, report, export
+STEPS = (
+    demo,
+    train,
+    atlas,
+    sweep,
+    calibrate,
+    sensitivity,
+    plan,
+    compress,
+    repair,
+    finetune,
+    evaluate,
+    report,
+    export,
+)
 for step in STEPS:
     app.command()(step)
 

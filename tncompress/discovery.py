@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -77,8 +78,24 @@ def _weight_of(module: Any) -> Tensor:
 
 def digest_of(kernel: Tensor) -> str:
     """Return a fingerprint of the values, by which plans and moments know the weights they are of."""
-    raw = kernel.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(raw.tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(_raw(kernel), digest_size=16).hexdigest()
+
+
+def digest_of_model(model: nn.Module) -> str:
+    """Return a fingerprint of the model's class, its structure, its parameters and its buffers."""
+    structure = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(model).__module__} {model!r}")
+    found = hashlib.blake2b(structure.encode(), digest_size=16)
+    held = {**model.state_dict(keep_vars=True), **dict(model.named_buffers())}  # also those kept out of files
+    for name, value in held.items():
+        about = (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+        found.update(f"{name} {about}".encode())
+        if isinstance(value, Tensor):
+            found.update(_raw(value))
+    return found.hexdigest()
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def find_layers(model: nn.Module, include: Collection[str] = ()) -> list[Layer]:

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing tells of another writer
+    fcntl = None  # type: ignore[assignment]
 
 from tncompress.textfiles import one_line, parse_json, read_text
 
@@ -57,3 +64,31 @@ class RowCache:
                 os.fsync(file.fileno())
         except OSError as error:
             raise type(error)(f"the cache {self.path} can't be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def sole_writer(path: str | Path | None) -> Iterator[None]:
+    """Be the only writer of the cache ``path`` for the length of the block, if there is a path.
+
+    Another process that is at it is a ``BlockingIOError``. The kernel takes the lock back from a process that
+    is killed. File systems that know no locks are written to without one.
+    """
+    if path is None:
+        yield
+        return
+    path = Path(path).expanduser()
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise type(error)(f"the cache {path} can't be written: {error.strerror or error}") from None
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(
+                    f"another run is writing to the cache {path}: wait for its end"
+                ) from None
+            except OSError:
+                pass
+        yield

@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tncompress.calibrate import Calibration, as_calibration
-from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
+from tncompress.discovery import Layer, digest_of, digest_of_model, find_layers, refuse_wrapped
 from tncompress.formats import SVD, Format, make_format
 from tncompress.measure import device_of, macs
-from tncompress.outputs import DenseOutputs, Images, bytes_of
+from tncompress.outputs import DenseOutputs, Images
 from tncompress.responses import Row, Sensitivity, Unmeasured
 from tncompress.rowcache import RowCache
 from tncompress.running import copy_model
@@ -186,7 +185,7 @@ class _Run:
     cache: RowCache
 
     def __post_init__(self) -> None:
-        self._what = [_KEYS, self.truncate.__name__, _digest_of_model(self.model), self.dense.images.digest()]
+        self._what = [_KEYS, self.truncate.__name__, digest_of_model(self.model), self.dense.images.digest()]
 
     def row(self, subject: Subject, settings: Settings) -> Row | Unmeasured:
         """Return the row of one truncation, from the cache if it is there, or why there is none."""
@@ -220,15 +219,3 @@ def _replaced(model: nn.Module, layer: Layer, new: nn.Module) -> Iterator[None]:
         yield
     finally:
         replace_all_(model, dict.fromkeys(layer.names, layer.module))
-
-
-def _digest_of_model(model: nn.Module) -> str:
-    """Return a fingerprint of the model's class, its structure, its parameters and its buffers."""
-    structure = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(model).__module__} {model!r}")
-    found = hashlib.blake2b(structure.encode(), digest_size=16)
-    for name, value in model.state_dict(keep_vars=True).items():
-        about = (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
-        found.update(f"{name} {about}".encode())
-        if isinstance(value, Tensor):
-            found.update(bytes_of(value))
-    return found.hexdigest()
