@@ -93,10 +93,14 @@ def verdict_on_depth(rows: Sequence[Row]) -> str:
         lines.append(
             (
                 f"{network}, {data}",
-                *(f"{statistics.median(by_cut[name]):+.2f}" for name in ("entropy", "quarter")),
+                *(_middle(by_cut[name]) for name in ("entropy", "quarter")),
                 *(f"{kept[when]:+.2f}" for when in ("before", "after")),
             )
         )
     header = ("Spearman correlation with depth", "entropy", "norm loss at 1/4 of the parameters")
     header += ("tolerated norm loss", "the same, BatchNorm re-estimated")
     return markdown_table(header, lines)
+
+
+def _middle(found: Sequence[float]) -> str:
+    return f"{statistics.median(found):+.2f}" if found else "–"
