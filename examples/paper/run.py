@@ -126,7 +126,7 @@ class Experiment:
             model,
             list(zip(held.inputs, held.labels, strict=True)),
             images=[x for x, _ in images.calibration_loader(CALIBRATION, seed=self.seed)],
-            cache=self.folder / f"{name}.rows",
+            cache=self.folder / f"{name.partition('-')[0]}.rows",  # the control is trained once
             workers=self.workers,
             seed=self.seed,
             progress=True,

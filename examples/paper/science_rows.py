@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tncompress.atlas import CutAtlas
+from tncompress.cuts import Cut
+from tncompress.kernel_spectra import short_name
 from tncompress.sweep_rows import Sweep
 
 Row = dict[str, Any]
@@ -43,7 +45,7 @@ def collect(results: Path) -> Iterator[Row]:
             | {"before": sweep.before.accuracy, "after": after, "images": sweep.images}
         )
         for row in sweep.rows:
-            found = {"layer": row.label, "depth": depths[row.label], "cut": row.cuts[0]}
+            found = {"layer": row.label, "depth": depths[row.label], "cut": short_name(Cut.parse(row.cuts[0]))}
             yield {"what": "sweep"} | key | found | _of_sweep(row)
         for path in sorted(folder.glob("again-*.json")):
             yield from ({"what": "again"} | key | row for row in _of_training(Sweep.load(path)))
