@@ -169,11 +169,11 @@ def main():
         command = [sys.executable, __file__, "--one", network, "--repeats", str(options.repeats)]
         command += ["--threads", str(options.threads)] if options.threads else []
         found.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+        text = page(found)
+        if options.out:  # after each network: what is measured is kept
+            options.out.write_text(text, encoding="utf-8")
         print(f"{network}: {min(found[-1]['atlas']):.2f} s", file=sys.stderr)
-    text = page(found)
     print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
