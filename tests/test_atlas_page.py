@@ -291,6 +291,7 @@ def run(tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_folder_or_a_file(run, tmp_path):
     torch.manual_seed(0)
     dense = tnc.build_model("zoo:cnn4").eval()
