@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all bugs test-fast lint docs bench grid zoo accuracy clean
+.PHONY: demo test test-all bugs test-fast lint docs bench grid zoo accuracy atlas clean
 
 demo: $(VENV)/.base
 	$(BIN)/tncompress demo --overwrite $(ARGS)
@@ -46,6 +46,9 @@ accuracy: $(VENV)/.base
 	$(BIN)/python examples/accuracy_at_size.py time --network resnet20
 	$(BIN)/python examples/accuracy_at_size.py time --network resnet50
 	$(BIN)/python examples/accuracy_at_size.py page
+
+atlas: $(VENV)/.base
+	$(BIN)/python examples/atlas_speed.py --out docs/atlas_speed.md $(ARGS)
 
 # A stamp says which extras are installed, and is older than pyproject.toml when they have changed.
 $(VENV)/.base: pyproject.toml
