@@ -45,7 +45,11 @@ def collect(results: Path) -> Iterator[Row]:
             | {"before": sweep.before.accuracy, "after": after, "images": sweep.images}
         )
         for row in sweep.rows:
-            found = {"layer": row.label, "depth": depths[row.label], "cut": short_name(Cut.parse(row.cuts[0]))}
+            found = {
+                "layer": row.label,
+                "depth": depths[row.label],
+                "cut": short_name(Cut.parse(row.cuts[0])),
+            }
             yield {"what": "sweep"} | key | found | _of_sweep(row)
         for path in sorted(folder.glob("again-*.json")):
             yield from ({"what": "again"} | key | row for row in _of_training(Sweep.load(path)))
