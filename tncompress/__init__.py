@@ -34,6 +34,7 @@ from tncompress.spec import (
     Settings,
     Spec,
 )
+from tncompress.stripping import strip
 from tncompress.surgery import compress, merge
 from tncompress.weights import load_weights, save_weights
 from tncompress.zoo import build_model
@@ -86,5 +87,6 @@ __all__ = [
     "save",
     "save_weights",
     "sensitivity",
+    "strip",
     "train_",
 ]
