@@ -14,6 +14,17 @@ from tncompress.export import export_onnx, load, save
 from tncompress.finetune import FinetuneConfig, History, finetune, train_
 from tncompress.formats import CP, MPS, SVD, Format, Tucker, register_format
 from tncompress.geometry import ConvGeometry
+from tncompress.interop import (
+    Einsum,
+    KernelNodes,
+    from_quimb,
+    from_tensornetwork,
+    from_tltorch,
+    to_einsum,
+    to_quimb,
+    to_tensornetwork,
+    to_tltorch,
+)
 from tncompress.layers import TNConv
 from tncompress.measure import evaluate
 from tncompress.plan import BudgetReport, LayerPlan, Plan, Skip
@@ -51,12 +62,14 @@ __all__ = [
     "Calibration",
     "ConvGeometry",
     "Cut",
+    "Einsum",
     "Energy",
     "Entropy",
     "FinetuneConfig",
     "FixedRank",
     "Format",
     "History",
+    "KernelNodes",
     "LayerPlan",
     "ParamsRatio",
     "Plan",
@@ -76,6 +89,9 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "finetune",
+    "from_quimb",
+    "from_tensornetwork",
+    "from_tltorch",
     "load",
     "load_weights",
     "make_plan",
@@ -88,5 +104,9 @@ __all__ = [
     "save_weights",
     "sensitivity",
     "strip",
+    "to_einsum",
+    "to_quimb",
+    "to_tensornetwork",
+    "to_tltorch",
     "train_",
 ]
