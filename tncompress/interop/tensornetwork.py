@@ -122,7 +122,13 @@ def _pieces(nodes: Sequence[Any], legs: Sequence[str]) -> list[Piece]:
 def _labels(node: Any, labels: dict[int, str], legs: Sequence[str]) -> Iterable[str]:
     for axis, edge in enumerate(node.edges):
         named = edge.name in legs or not node.axis_names
-        yield labels.get(id(edge), edge.name if named else node.axis_names[axis])
+        label = labels.get(id(edge), edge.name if named else node.axis_names[axis])
+        if edge.is_dangling() and label not in legs:
+            raise ValueError(
+                f"edge {label!r} of node {node.name!r} is dangling, and no leg of the kernel "
+                f"({', '.join(legs)})"
+            )
+        yield label
 
 
 def _unrolled(network: Network) -> Network:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -47,7 +45,8 @@ def to_tltorch(layer: TNConv, *, implementation: str = "factorized") -> Any:
         )
     if implementation == "mobilenet" and not isinstance(layer.format, CP):
         raise ValueError(f"tltorch's implementation mobilenet is for CP, the layer is {layer.format}")
-    with _tltorch() as tltorch, torch.no_grad():
+    tltorch = _tltorch()
+    with torch.no_grad():
         geometry, shape = layer.geometry, layer.geometry.kernel_shape
         new = tltorch.FactorizedConv(
             geometry.in_channels,
@@ -73,7 +72,8 @@ def from_tltorch(module: nn.Module) -> nn.Module:
     :class:`Skip` in ``tncompress_skipped`` of the copy, and named in a warning. A single layer that
     can't be, and a model without any layer of tltorch, is a ``ValueError``.
     """
-    with _tltorch() as tltorch, torch.no_grad():
+    tltorch = _tltorch()
+    with torch.no_grad():
         if isinstance(module, tltorch.FactorizedConv):
             made = _converted(tltorch, module)
             if isinstance(made, str):
@@ -99,21 +99,17 @@ def from_tltorch(module: nn.Module) -> nn.Module:
     return target
 
 
-@contextmanager
-def _tltorch() -> Iterator[ModuleType]:
-    """Import tltorch, run the block on tensorly's PyTorch backend, and put the backend back."""
+def _tltorch() -> ModuleType:
+    """Import tltorch, and put back tensorly's backend, which its first import switches to PyTorch."""
     import tensorly
 
     before = tensorly.get_backend()
     try:
         import tltorch
-
-        if tensorly.get_backend() != "pytorch":
-            tensorly.set_backend("pytorch", local_threadsafe=True)
-        yield tltorch
     finally:
         if tensorly.get_backend() != before:
             tensorly.set_backend(before)
+    return tltorch
 
 
 def _inexpressible(geometry: ConvGeometry) -> str | None:
