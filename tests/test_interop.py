@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import tncompress as tnc
 from tncompress import CP, MPS, SVD, Tucker
+from tncompress.contraction import chain_macs, dense_macs
 from tncompress.layers import TNConv
 
 
@@ -268,7 +269,7 @@ def test_bonds_of_quimb_may_have_any_names():
 
 
 @every_format_and_geometry
-def test_the_einsum_gives_the_kernels(format, geometry, quick_cp):
+def test_the_einsum_gives_the_kernels_and_of_an_input_the_output(format, geometry, quick_cp):
     layer = compressed(format, geometry)
     einsum = tnc.to_einsum(layer)
     made = einsum()
@@ -276,6 +277,31 @@ def test_the_einsum_gives_the_kernels(format, geometry, quick_cp):
     assert made.requires_grad
     assert_close(torch.einsum(einsum.equation, *einsum.operands), made)
     assert einsum.macs <= _macs_in_turn(einsum)
+    _check_output(layer, geometry.input())
+
+
+def _check_output(layer, x):
+    groups, out = layer.geometry.groups, layer.geometry.kernel_shape[0]
+    made = tnc.to_einsum(layer, x)().reshape(groups, -1, out)  # groups, pixels, out
+    output = layer(x) if layer.bias is None else layer(x) - _on_channels(layer)
+    if layer.geometry.ndim == 0:
+        assert_close(made[0], output.reshape(-1, out), atol=1e-10, rtol=1e-10)
+        return
+    output = output if output.ndim > layer.geometry.ndim + 1 else output[None]
+    wanted = output.unflatten(1, (groups, out)).movedim(0, 2).flatten(2).mT
+    assert_close(made, wanted, atol=1e-10, rtol=1e-10)
+
+
+def _on_channels(layer):
+    return layer.bias.reshape(-1, *[1] * layer.geometry.ndim)
+
+
+def test_the_einsum_of_an_input_costs_more_than_the_chain_that_shares_pixels():
+    layer = conv()
+    x = torch.randn(2, 8, 12, 12, dtype=torch.float64)
+    einsum = tnc.to_einsum(layer, x)
+    assert einsum.macs > chain_macs(layer.geometry, layer.stages, (12, 12), 2)
+    assert einsum.macs <= dense_macs(layer.geometry, (12, 12), 2) + tnc.to_einsum(layer).macs
 
 
 def _macs_in_turn(einsum):

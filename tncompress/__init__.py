@@ -29,6 +29,7 @@ from tncompress.layers import TNConv
 from tncompress.measure import evaluate
 from tncompress.plan import BudgetReport, LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
+from tncompress.programs import export_program
 from tncompress.repair import RepairReport, repair
 from tncompress.report import Report, report
 from tncompress.responses import Sensitivity
@@ -88,6 +89,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export_onnx",
+    "export_program",
     "finetune",
     "from_quimb",
     "from_tensornetwork",

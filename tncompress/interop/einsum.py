@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tncompress.interop.matching import network_of
 from tncompress.layers import TNConv
+from tncompress.patches import patches
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,14 @@ class Einsum:
         return held[0]
 
 
-def to_einsum(layer: TNConv) -> Einsum:
+def to_einsum(layer: TNConv, input: Tensor | None = None) -> Einsum:
     """Return the einsum of a layer's factors that gives its kernel ``(out, in, *spatial)``.
 
     The groups of a layer are the first letter of every term and of the result, which is then a stack of
-    kernels. The operands are the layer's own, with their gradients.
+    kernels. The operands are the layer's own, with their gradients. With an ``input`` of the layer its
+    :func:`~tncompress.patches.patches` are the first operand, and the result is the output without the bias,
+    ``(pixels, out)``: that shows at which cost a contraction gets there that shares nothing between
+    neighbouring pixels, as the layer's convolutions do (``tncompress.contraction.chain_macs``).
 
     >>> import tncompress as tnc
     >>> layer = TNConv.from_dense(torch.nn.Conv2d(8, 16, 3), tnc.MPS(), ranks=(6, 12, 10))
@@ -59,17 +63,26 @@ def to_einsum(layer: TNConv) -> Einsum:
     import opt_einsum
 
     network_of(layer)
-    shape = layer.geometry.kernel_shape
-    equation = layer.format.equation(shape)
-    if layer.geometry.groups > 1:
-        batch = chr(ord(max(equation.replace("->", ""))) + 1)
-        terms, kernel = equation.split("->")
-        equation = f"{','.join(batch + term for term in terms.split(','))}->{batch}{kernel}"
+    shape, groups = layer.geometry.kernel_shape, layer.geometry.groups
     operands = tuple(layer.tensors())
+    terms, kernel = layer.format.equation(shape).split("->")
+    inputs, pixel, batch = terms.split(","), _letter(terms, 1), _letter(terms, 2)
+    if input is not None:
+        seen = patches(input, layer.geometry).unflatten(2, shape[1:])
+        operands = (seen if groups > 1 else seen[0], *operands)
+        inputs, kernel = [pixel + kernel[1:], *inputs], pixel + kernel[0]
+    if groups > 1:
+        inputs, kernel = [batch + term for term in inputs], batch + kernel
+    equation = f"{','.join(inputs)}->{kernel}"
     shapes = [tuple(operand.shape) for operand in operands]
     path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="optimal")
     plain = tuple(tuple(int(i) for i in step) for step in path)
     return Einsum(equation, operands, plain, _macs(equation, shapes, plain), str(info))
+
+
+def _letter(terms: str, number: int) -> str:
+    """Return a letter that the equation does not have: the first behind all of them, or the second."""
+    return chr(ord(max(terms)) + number)
 
 
 def _macs(equation: str, shapes: list[tuple[int, ...]], path: tuple[tuple[int, ...], ...]) -> int:
