@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import tncompress as tnc
+from tncompress import MPS
 from tncompress.layers import TNConv
 
 SPEC = {"default": {"format": "mps", "rank": {"params_ratio": 0.4}}, "keep_dense": []}
@@ -140,6 +141,25 @@ def test_sharing_modes_gradients_and_hooks_are_kept():
     for p in plain.parameters():
         p.data.zero_()
     assert small(x).abs().sum() > 0
+
+
+def test_a_chain_that_copies_more_than_it_saves_becomes_dense():
+    dense = nn.Conv2d(16, 6, (1, 3), bias=False)
+    large = TNConv.from_dense(dense, tnc.SVD("kw|rest"), (3,))
+    plain = tnc.strip(large)
+    assert type(plain) is nn.Conv2d
+    assert plain.tncompress_strip == {"": "svd(kw|rest): dense: its chain would hold 432 weights, it has 288"}
+    assert type(tnc.strip(TNConv.from_dense(dense, tnc.SVD("kw|rest"), (1,)))) is nn.Sequential
+
+
+def test_frozen_factors_stay_frozen_where_their_memory_is_laid_out_anew():
+    turned = TNConv.from_dense(nn.ConvTranspose2d(6, 6, 3), MPS(), (2, 4, 3))
+    copied = TNConv.from_dense(nn.Conv2d(6, 8, (3, 5)), tnc.SVD("kw|rest"), (1,))
+    for layer in (turned, copied):
+        layer.factors.requires_grad_(False)
+        plain = tnc.strip(layer)
+        assert type(plain) is nn.Sequential
+        assert [name for name, p in plain.named_parameters() if p.requires_grad] == [f"{len(plain) - 1}.bias"]
 
 
 def test_tied_factors_stay_tied():
