@@ -16,10 +16,22 @@ from tncompress.export import export_onnx, load, save
 from tncompress.finetune import FinetuneConfig, History, finetune, train_
 from tncompress.formats import CP, MPS, SVD, Format, Tucker, register_format
 from tncompress.geometry import ConvGeometry
+from tncompress.interop import (
+    Einsum,
+    KernelNodes,
+    from_quimb,
+    from_tensornetwork,
+    from_tltorch,
+    to_einsum,
+    to_quimb,
+    to_tensornetwork,
+    to_tltorch,
+)
 from tncompress.layers import TNConv
 from tncompress.measure import evaluate
 from tncompress.plan import BudgetReport, LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
+from tncompress.programs import export_program
 from tncompress.repair import RepairReport, repair
 from tncompress.report import Report, report
 from tncompress.responses import Sensitivity
@@ -37,6 +49,7 @@ from tncompress.spec import (
     Settings,
     Spec,
 )
+from tncompress.stripping import strip
 from tncompress.surgery import compress, merge
 from tncompress.sweep import sweep
 from tncompress.sweep_rows import Sweep
@@ -58,12 +71,14 @@ __all__ = [
     "Cut",
     "CutAtlas",
     "CutRow",
+    "Einsum",
     "Energy",
     "Entropy",
     "FinetuneConfig",
     "FixedRank",
     "Format",
     "History",
+    "KernelNodes",
     "LayerPlan",
     "ParamsRatio",
     "Plan",
@@ -86,7 +101,11 @@ __all__ = [
     "compress",
     "evaluate",
     "export_onnx",
+    "export_program",
     "finetune",
+    "from_quimb",
+    "from_tensornetwork",
+    "from_tltorch",
     "load",
     "load_weights",
     "make_plan",
@@ -98,7 +117,12 @@ __all__ = [
     "save",
     "save_weights",
     "sensitivity",
+    "strip",
     "sweep",
+    "to_einsum",
+    "to_quimb",
+    "to_tensornetwork",
+    "to_tltorch",
     "train_",
     "truncate",
 ]
