@@ -382,27 +382,30 @@ def test_it_compiles_and_exports_whole(format, x):
 
 def test_importing_is_light_and_changes_no_library():
     code = """
-import sys, time, statistics
+import sys, time
+start = time.process_time()
 import torch
+torchs = time.process_time() - start
 def world():
     return torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed()
 
 before = world()
-start = time.perf_counter()
+start = time.process_time()
 import tncompress
-spent = time.perf_counter() - start
+spent = time.process_time() - start
 assert before == world()
 heavy = "torchvision tensornetwork tensorly tltorch matplotlib onnx onnxruntime sklearn rich typer triton"
+heavy += " quimb pandas polars ray accelerate scipy"
 heavy = heavy.split()
-print(spent, *[name for name in heavy if name in sys.modules])
+print(spent / torchs, *[name for name in heavy if name in sys.modules])
 """
     found = []
     for _ in range(3):
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds, *heavy = run.stdout.split()
+        share, *heavy = run.stdout.split()
         assert heavy == []
-        found.append(float(seconds))
-    assert min(found) < 0.3
+        found.append(float(share))
+    assert min(found) < 0.35  # of what importing torch takes
 
 
 def test_peers_keep_their_backends():
