@@ -1,0 +1,102 @@
+"""The words of docs/science.md. Numbers in sentences are computed from the rows."""
+
+import statistics
+from collections.abc import Sequence
+
+from science_rows import Row, correlation, curves, networks, of, tolerated
+
+from tncompress.tables import markdown_table
+
+INTRO = """# Why does tensorization hardly hurt?
+
+Singh, Jahromi and Orús (*Tensor network compressibility of convolutional models*, arXiv 2403.14379)
+truncate the kernels of trained convolutional networks along cuts (bipartitions of a kernel's legs `out`,
+`in`, `kh`, `kw`), dense in and dense out, and report three things: kernels lose much of their norm
+before the network loses accuracy; deeper layers more so; and after aggressive truncation a few epochs of
+training bring the accuracy back. They conclude that the correlations inside trained kernels are
+compressible by nature. This page asks the same questions again, with controls. Everything in it is
+written by
+
+```console
+python examples/paper/run.py --network cnn4 --seeds 0 1 2
+python examples/paper/run.py --network resnet20 --setting brief
+python examples/paper/run.py page
+```
+
+from the rows in `science.jsonl`; `--data cifar10`, `--data cifar100` and `--network resnet50 --setting
+full` run the paper's own networks and data, for those who have them and a GPU. The norm loss of a kernel
+is ‖W − W′‖ / ‖W‖; an entropy is that of the normalised squared singular values across a cut, divided by
+the logarithm of the full rank, so that 1 means no structure at all."""
+
+TRUNCATION = """## How much norm can a kernel lose?
+
+One layer at a time is truncated along one cut to a part of its full rank. Dotted: right after
+truncation. Solid: with BatchNorm's statistics taken again on 1,024 unlabelled images (the dense line is
+the network as it was trained). The *tolerated norm loss* in the tables is the norm loss at which one
+point of accuracy is lost, interpolated between truncations: median over cuts and seeds, smallest and
+largest in brackets."""
+
+DEPTH = """## Are deeper layers more compressible?
+
+The atlas: entropies across every cut, of trained kernels, of freshly initialised ones of the same shape,
+and of the trained kernel's own entries in random order. Tables have means over cuts and seeds; *loss at
+1/4* is the norm loss of the best two factors with a quarter of the kernel's parameters, over the cuts
+that can be so small."""
+
+DRIFT = """## How much of the loss right after truncation is drift of BatchNorm's statistics?
+
+Of all truncations of one layer that lose more than one point right away, the part of the loss that
+re-estimation on 1,024 unlabelled images brings back (above 100 %: more than was lost; below 0: it made
+things worse)."""
+
+AGAIN = """## Does training on the truncated manifold reach what free training reaches?
+
+All layers at once are truncated, and the network is trained for a few epochs: *freely*, from the
+truncated kernels on with nothing that holds their ranks; *held in factors*, so that kernels keep them;
+and, as the control, the dense network for as many epochs with the same settings (SGD, learning rate
+0.02, cosine). Extra epochs change the dense network, too: it is the control that a recovered accuracy is
+to be compared with. Bands are the range over seeds."""
+
+END = """## What to make of it
+
+See the tables for the figures behind each sentence; differences of a quarter of a point between single
+accuracies on 10,000 images are within the standard error (0.25 points), and more so on 2,000 (0.55
+points)."""
+
+
+def verdict_on_depth(rows: Sequence[Row]) -> str:
+    """Return how depth goes with entropy, norm loss at equal parameters, and tolerated norm loss."""
+    lines = []
+    for network, data in networks(rows):
+        atlas = of(rows, "atlas", network=network, data=data, kernel="trained")
+        by_cut = {
+            name: [
+                correlation([(row["depth"], row[name]) for row in own])
+                for own in (
+                    [row for row in atlas if row["cut"] == cut and row[name] is not None]
+                    for cut in sorted({row["cut"] for row in atlas})
+                )
+                if len({row["depth"] for row in own}) > 2
+            ]
+            for name in ("entropy", "quarter")
+        }
+        kept = {
+            when: correlation(
+                [
+                    (key[0], tolerated(points)[0])
+                    for key, points in curves(rows, network, data, when).items()
+                    if len(points) > 1
+                ]
+            )
+            for when in ("before", "after")
+        }
+        lines.append(
+            (
+                f"{network}, {data}",
+                *(f"{statistics.median(by_cut[name]):+.2f}" for name in ("entropy", "quarter")),
+                *(f"{kept[when]:+.2f}" for when in ("before", "after")),
+            )
+        )
+    header = ("Spearman correlation with depth", "entropy", "norm loss at 1/4 of the parameters")
+    header += ("tolerated norm loss", "the same, BatchNorm re-estimated")
+    return markdown_table(header, lines)
