@@ -626,6 +626,7 @@ def test_a_frame_has_a_line_for_each_row(whole, kind):
     assert frame.shape[0] == len(whole.rows)
     assert list(frame["accuracy"]) == [row.before.accuracy for row in whole.rows]
     assert frame["accuracy_manifold"][0] == whole.rows[0].manifold.accuracy
+    assert list(frame["amount"]) == [row.amount.fraction for row in whole.rows]
 
 
 def test_a_frame_of_another_library_is_refused(model, test, unchecked):
@@ -789,6 +790,8 @@ def test_the_command_refuses_in_one_line(command, tmp_path, monkeypatch):
     assert command("--fractions", "half").stderr == (
         "error: --fractions are numbers with commas between them, got 'half'\n"
     )
+    assert "no layer that can be truncated is called 'convx'" in command("--layers", "convx").stderr
+    assert command("--cuts", "kh|rest").exit_code == 0  # what failed before it had begun is in nobody's way
     assert "--config is for training again" in command("--config", "c.yaml").stderr
     (tmp_path / "found" / "sweep.json").write_text("mine")
     (tmp_path / "found" / "arguments.json").unlink()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tncompress.atlas import CutAtlas
+
 from tncompress.sweep_rows import Sweep
 
 Row = dict[str, Any]
