@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from tncompress import workers
+from tncompress.ray_actors import RayActors
 from tncompress.sweep import sweep
-from tncompress.workers import RayActors, open_workers
+from tncompress.workers import open_workers
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,8 @@ def _open_folder(out: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
     described = out / ARGUMENTS
     if out.is_dir() and any(out.iterdir()) and not described.is_file():
         raise FileExistsError(f"{out} holds other files (no {ARGUMENTS}): choose another output folder")
-    if described.is_file():
+    begun = (out / RESULT).exists() or ((out / ROWS).is_file() and (out / ROWS).stat().st_size)
+    if described.is_file() and begun:
         before = read_value(described, "arguments", _mapping)
         differing = [name for name in asked if before.get(name) != asked[name]]
         if differing and not overwrite:

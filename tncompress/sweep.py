@@ -13,6 +13,7 @@ from torch import nn
 from tncompress.cutting import TruncatedLayer
 from tncompress.discovery import refuse_wrapped
 from tncompress.finetune import FinetuneConfig
+from tncompress.jobs import Run
 from tncompress.measure import device_of
 from tncompress.outputs import Images
 from tncompress.retraining import Training, factored_params
@@ -21,7 +22,7 @@ from tncompress.sweep_bench import Bench, Unit, layers_from
 from tncompress.sweep_points import LeftOut, Point, content, make_grid
 from tncompress.sweep_rows import Figures, Sweep, SweepRow
 from tncompress.tables import progress_bar
-from tncompress.workers import Run, open_workers
+from tncompress.workers import open_workers
 
 HELD = ("dense", "manifold")
 

@@ -275,7 +275,7 @@ def _flat(row: SweepRow) -> dict[str, Any]:
         "layers": row.label,
         "cuts": ", ".join(row.cuts),
         "policy": row.amount.tag,
-        "amount": row.amount.to_value(),
+        "amount": float(row.amount.to_value()),
         "rank": row.ranks[0][0] if len(row.layers) == len(row.cuts) == 1 else None,
         "full_rank": row.layers[0].cuts[0].full if len(row.layers) == len(row.cuts) == 1 else None,
         "ranks": "; ".join(" ".join(map(str, ranks)) for ranks in row.ranks),

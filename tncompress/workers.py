@@ -6,35 +6,24 @@ come as they are done. Workers touch no file: what to do with a result is the ca
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
+from tncompress.jobs import Job, Run, outcome, unpickled
+from tncompress.ray_actors import RayActors
 from tncompress.textfiles import one_line
-
-Run = Callable[[Sequence[Any]], Iterator[tuple[Any, Any]]]
-"""From units to pairs of a unit and its result, in whatever order they come."""
 
 GRACE = 5.0
 """Seconds that a worker has to end by itself."""
-
-
-@runtime_checkable
-class Job(Protocol):
-    """What is done with each unit."""
-
-    def run(self, unit: Any) -> Any:
-        """Return the result of one unit."""
 
 
 @contextmanager
@@ -76,35 +65,6 @@ def _threads(count: int | None) -> Iterator[None]:
     finally:
         if count is not None:
             torch.set_num_threads(before)
-
-
-def _outcome(job: Job, unit: Any) -> tuple[bool, Any]:
-    """Return True with the result, or False with an error that can be sent."""
-    try:
-        return True, job.run(unit)
-    except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            return False, RuntimeError(f"{type(error).__name__}: {one_line(error)}")
-        return False, error
-
-
-def _unpickled(payload: bytes) -> Job:
-    """Return the job, or one that says with each unit why there is none."""
-    try:
-        return pickle.loads(payload)
-    except Exception as error:  # above all a module that is not there
-        return _Missing(one_line(error))
-
-
-class _Missing:
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def run(self, unit: Any) -> Any:
-        hint = "the modules of the model and its data must be found there, too"
-        raise ImportError(f"a worker can't read its job ({self.reason}): {hint}")
 
 
 # --- processes of this machine ------------------------------------------------------------------------------
@@ -217,10 +177,10 @@ def _serve(connection: Connection, threads: int) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        job = _unpickled(connection.recv_bytes())
+        job = unpickled(connection.recv_bytes())
         connection.send((True, None))
         while True:
-            connection.send(_outcome(job, connection.recv()))
+            connection.send(outcome(job, connection.recv()))
     except (EOFError, OSError):
         return
 
@@ -230,121 +190,3 @@ def _die_with_parent() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os._exit(1)
-
-
-# --- a Ray cluster ------------------------------------------------------------------------------------------
-
-
-class RayActors:
-    """Actors on a Ray cluster, spread over its nodes; ``done`` counts the units of each node.
-
-    A process that is connected to a cluster already uses that and stays connected; else it connects to
-    ``address`` (``local`` starts a cluster of this machine) and lets go of it in the end.
-    """
-
-    def __init__(self, job: Job, count: int | None, threads: int, address: str) -> None:
-        self.ray: Any = _ray()
-        self.threads, self.done = threads, Counter[str]()
-        self.actors: list[Any] = []
-        self.connected = not self.ray.is_initialized()
-        if self.connected:
-            _connect(self.ray, address)
-        try:
-            cpus = int(self.ray.cluster_resources().get("CPU", 0))
-            self.count = count or max(1, cpus // threads)
-            if self.count * threads > cpus:
-                wanted = f"wanted {self.count} workers with {threads} threads each"
-                raise ValueError(f"{wanted}, but the Ray cluster has {cpus} CPUs: take fewer")
-            self.payload = self.ray.put(_cloudpickled(self.ray, job))
-        except BaseException:
-            self.close()
-            raise
-
-    def __call__(self, units: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-        """Yield each unit with its result as soon as it is there."""
-        waiting = list(reversed(units))
-        self._start(min(self.count, len(waiting)))
-        at: dict[Any, tuple[Any, Any]] = {}
-        for actor in self.actors:
-            if waiting:
-                unit = waiting.pop()
-                at[actor.run.remote(unit)] = actor, unit
-        while at:
-            (reference,), _ = self.ray.wait(list(at), num_returns=1)
-            actor, unit = at.pop(reference)
-            try:
-                node, (done, found) = self.ray.get(reference)
-            except self.ray.exceptions.RayError as error:
-                hint = "what is measured is kept; start again to go on"
-                kind = type(error).__name__
-                raise ChildProcessError(
-                    f"a Ray worker was lost while at the {unit} ({kind}): {hint}"
-                ) from None
-            if not done:
-                raise found
-            self.done[node] += 1
-            if waiting:
-                following = waiting.pop()
-                at[actor.run.remote(following)] = actor, following
-            yield unit, found
-
-    def _start(self, count: int) -> None:
-        kind = self.ray.remote(num_cpus=self.threads, scheduling_strategy="SPREAD")(_Actor)
-        fresh = count - len(self.actors)
-        self.actors += [kind.remote(self.payload, self.threads) for _ in range(fresh)]
-
-    def close(self) -> None:
-        """End the actors, and the connection if it was made here."""
-        for actor in self.actors:
-            self.ray.kill(actor)
-        self.actors = []
-        if self.connected:
-            self.ray.shutdown()
-
-
-class _Actor:
-    """A worker on the cluster."""
-
-    def __init__(self, payload: bytes, threads: int) -> None:
-        import ray
-
-        torch.set_num_threads(threads)
-        self.node = ray.get_runtime_context().get_node_id()
-        self.job = _unpickled(payload)
-
-    def run(self, unit: Any) -> tuple[str, tuple[bool, Any]]:
-        return self.node, _outcome(self.job, unit)
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise ImportError("an address is for a Ray cluster: pip install 'tncompress[ray]'") from None
-    return ray
-
-
-def _connect(ray: Any, address: str) -> None:
-    """Connect to a cluster, or start one, without its words on standard error."""
-    options = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address == "local":
-        options["include_dashboard"] = False
-    name = "RAY_USAGE_STATS_ENABLED"
-    before = os.environ.get(name)
-    os.environ.setdefault(name, "0")
-    try:
-        ray.init(address=address, **options)
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise ConnectionError(f"no Ray cluster at {address!r}: {one_line(error, 200)}") from None
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-
-
-def _cloudpickled(ray: Any, job: Job) -> bytes:
-    """Return the job as bytes; classes of a script or a notebook go along by value."""
-    try:
-        return ray.cloudpickle.dumps(job)
-    except Exception as error:  # whatever a user's class raises
-        reason = one_line(error)
-        raise ValueError(f"the model or its data can't be sent to a Ray cluster ({reason})") from error
