@@ -80,7 +80,8 @@ class Experiment:
         images = load_data(self.data)
         model = self.trained(images)
         if not (self.folder / "atlas.json").exists():
-            tnc.atlas(model.cpu(), controls=("random", "shuffled")).save(self.folder / "atlas.json")
+            atlas = tnc.atlas(model.cpu(), controls=("random", "shuffled"), seed=self.seed)
+            atlas.save(self.folder / "atlas.json")
         model.to(self.device)
         self.swept(model, images, "sweep", fractions=self.setting.fractions)
         if train_again:

@@ -9,7 +9,9 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+LEGS = ("out", "in", "kh", "kw")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FEW = 6
@@ -30,7 +32,7 @@ def norm_loss(rows: Sequence[dict], title: str) -> Figure:
     """Return accuracy over norm loss, before and after BatchNorm re-estimation; mean over seeds."""
     swept = [row for row in rows if row["what"] == "sweep"]
     depths = sorted({(row["depth"], row["layer"]) for row in swept})
-    cuts = list(dict.fromkeys(row["cut"] for row in swept))
+    cuts = sorted({row["cut"] for row in swept}, key=_order)
     by_layer = len(depths) <= FEW
     panels: list[Any] = [depth for depth, _ in depths] if by_layer else cuts
     figure, axes = _grid(len(panels), title)
@@ -55,7 +57,7 @@ def norm_loss(rows: Sequence[dict], title: str) -> Figure:
                 )
         axis.set_title(dict(depths)[panel] if by_layer else panel, fontsize=10)
         axis.set_xlim(0, 1)
-    _label(figure, axes, "norm loss of the kernel  ‖W−W′‖ / ‖W‖", "test accuracy, %")
+    _label(figure, axes, "norm loss ‖W−W′‖ / ‖W‖", "test accuracy, %")
     words = "solid: BatchNorm re-estimated, dotted: right after truncation"
     if by_layer:
         handles, labels = axes[-1].get_legend_handles_labels()
@@ -78,7 +80,7 @@ def _means(rows: Sequence[dict], when: str) -> tuple[list[float], list[float]]:
 def entropy(rows: Sequence[dict], title: str) -> Figure:
     """Return the relative entropy over depth, a panel each cut, trained kernels and both controls."""
     atlas = [row for row in rows if row["what"] == "atlas" and row["entropy"] is not None]
-    cuts = list(dict.fromkeys(row["cut"] for row in atlas))
+    cuts = sorted({row["cut"] for row in atlas}, key=_order)
     figure, axes = _grid(len(cuts), title)
     for cut, axis in zip(cuts, axes, strict=True):
         for number, kind in enumerate(("trained", "random", "shuffled")):
@@ -101,7 +103,8 @@ def entropy(rows: Sequence[dict], title: str) -> Figure:
                 label=kind,
             )
         axis.set_title(cut, fontsize=10)
-    _label(figure, axes, "depth (number of the convolution)", "entropy / log(full rank)")
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _label(figure, axes, "depth", "entropy / log(full rank)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, title="kernels")
     return figure
@@ -144,11 +147,17 @@ def again(rows: Sequence[dict], title: str) -> Figure:
         after = 100 * fmean(row["after"] for row in own)
         axis.plot([0], [after], "*", color="#000000", markersize=9, label="BatchNorm re-estimated only")
         axis.set_title(f"{', then '.join(cuts)}\nto {fraction:g} of the full rank, all layers", fontsize=9)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _label(figure, axes, "epochs of training again", "test accuracy, %")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     return figure
+
+
+def _order(cut: str) -> tuple[int, list[int]]:
+    """Return where a cut stands: by the size of its smaller side, then in the order of the legs."""
+    left = cut.partition("|")[0].split()
+    return len(left), [LEGS.index(leg) for leg in left]
 
 
 def _grid(count: int, title: str) -> tuple[Figure, list[Any]]:
@@ -164,8 +173,10 @@ def _grid(count: int, title: str) -> tuple[Figure, list[Any]]:
 
 
 def _label(figure: Figure, axes: Sequence[Any], x: str, y: str) -> None:
-    figure.supxlabel(x, fontsize=10)
     figure.supylabel(y, fontsize=10)
+    lowest = {axis.get_subplotspec().colspan.start: axis for axis in axes}
+    for axis in lowest.values():  # a label of the whole figure would lie under the legend
+        axis.set_xlabel(x, fontsize=9)
     low = min(axis.get_ylim()[0] for axis in axes)
     high = max(axis.get_ylim()[1] for axis in axes)
     for axis in axes:

@@ -116,7 +116,7 @@ def curves(rows: Sequence[Row], network: str, data: str, when: str) -> dict[tupl
     dense = {row["seed"]: row[when] for row in of(rows, "dense", network=network, data=data)}
     found = defaultdict(set)
     for row in of(rows, "sweep", network=network, data=data):
-        if row[when] is not None:
+        if row[when] is not None and row["norm_loss"]:
             key = row["depth"], row["layer"], row["cut"], row["seed"]
             found[key].add((row["norm_loss"], dense[row["seed"]] - row[when]))
     return {key: [(0.0, 0.0), *sorted(points)] for key, points in sorted(found.items())}
