@@ -47,7 +47,7 @@ def page(rows: Sequence[Row]) -> str:
     for network, data in networks(rows):
         if of(rows, "again", network=network, data=data):
             parts += [f"![training again](figures/{network}-{data}-again.png)"]
-    parts += [again_table(rows), science_words.END]
+    parts += [again_table(rows), science_words.verdicts(rows)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
