@@ -84,8 +84,8 @@ def verdicts(rows: Sequence[Row]) -> str:
         if shares := [share for _, share in drift_shares(rows, network, data)]:
             share = statistics.median(shares)
             lines.append(
-                f"- {name} Of what a truncation costs right away, {share:.0%} (median) is drift of BatchNorm's "
-                "statistics, and comes back without training."
+                f"- {name} Of what a truncation costs right away, {share:.0%} (median) is drift of "
+                "BatchNorm's statistics, and comes back without training."
             )
         if trained := of(rows, "again", network=network, data=data):
             lines.append(f"- {name} {_trained(trained)}")
