@@ -12,6 +12,7 @@ unlabelled images; accuracies are those of the 10,000 test images. Results go to
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -38,6 +39,7 @@ EPOCHS = {"cnn4": 12, "resnet20": 20}
 TIMES, BOTH = (2, 4, 8, 16), (4, 8)
 FORMATS = {"mps": "mps", "cp": "cp", "tucker": "tucker", "svd": {"name": "svd", "cut": "out kw|in kh"}}
 PEERS = {"tltorch CP": "CP", "tltorch Tucker": "Tucker", "tltorch TT": "TT"}
+BOUND = "budget's ranks, aware + BatchNorm"
 PARTS = ("goal", "main", "rest")
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "accuracy.jsonl"
@@ -148,6 +150,8 @@ def budgets(bench: Bench, resource_name: str, times_all: tuple[int, ...], format
             spec = {"default": {"format": fmt}, "budget": bench.budget(resource_name, times)}
             if not bench.brief and not bench.is_done(**key, step="budget + BatchNorm"):
                 truncated(bench, spec, key, "budget")
+            if resource_name == "params" and not bench.brief and not bench.is_done(**key, step=BOUND):
+                fitted_at_ranks(bench, spec, key)
             if bench.is_done(**key, step="repair"):
                 continue
             started = time.perf_counter()
@@ -161,6 +165,22 @@ def budgets(bench: Bench, resource_name: str, times_all: tuple[int, ...], format
             started = time.perf_counter()
             repaired = tnc.repair(aware, bench.dense, bench.images)
             bench.write(repaired, time.perf_counter() - started, **key, step="repair")
+
+
+def fitted_at_ranks(bench: Bench, spec: dict, key: dict) -> None:
+    """Write the row of the plain budget's formats and ranks with data-aware fits: what these alone bring."""
+    try:
+        plan = tnc.make_plan(bench.dense, spec, example_inputs=bench.example)
+    except ValueError as error:
+        bench.refuse(key, BOUND, str(error))
+        return
+    rules = [
+        {"pattern": f"re:^{re.escape(p.name)}$", "format": p.format, "rank": {"fixed": list(p.ranks)}}
+        for p in plan.compressed
+    ]
+    rules += [{"pattern": "*", "keep_dense": True}]
+    fitted = tnc.compress(bench.dense, {"rules": rules}, calibration=bench.calibration)
+    bench.write(bench.with_batchnorm(fitted), 0.0, **key, step=BOUND)
 
 
 def uniform(bench: Bench, resource_name: str, times_all: tuple[int, ...], formats: dict) -> None:

@@ -17,6 +17,7 @@ STEPS = (
     "aware + BatchNorm",
     "repair",
 )
+BOUND = "budget's ranks, aware + BatchNorm"
 LADDER = ("uniform + BatchNorm", "budget + BatchNorm", "aware + BatchNorm", "repair")
 GOALS = {  # points lost at most: by network, resource, times
     ("cnn4", "params"): {4: 0.3, 8: 0.8, 16: 2.2},
@@ -171,7 +172,28 @@ def setbacks(groups: dict) -> str:
     if not lines:
         return "Nowhere by more than the spread over the seeds (or 0.05 points).\n"
     text = "After these the mean is lower by more than the spread of the difference (or 0.05 points):\n\n"
-    return text + markdown_table(("network", "fewer", "cut", "format", "from", "to", "points"), lines) + "\n"
+    table = markdown_table(("network", "fewer", "cut", "format", "from", "to", "points"), lines)
+    return f"{text}{table}\n\n{allocations(groups)}"
+
+
+def allocations(groups: dict) -> str:
+    """Return what comes of the same data-aware fits at the ranks of both budgets."""
+    lines = []
+    for (network, resource, cut, name), own in by_setting(groups).items():
+        cells = [values(own.get(step, [])) for step in ("budget + BatchNorm", BOUND, "aware + BatchNorm")]
+        if resource == "params" and all(cells):
+            lines.append((network, f"{cut}x", name, *map(shown, cells)))
+    if not lines:
+        return ""
+    words = (
+        "Two things change at that step: the kernels' fits, and which ranks the budget chooses. Apart, with "
+        "BatchNorm's statistics taken again: plain fits at the plain budget's ranks, data-aware fits at the "
+        "same ranks, data-aware fits at the ranks that the predicted change of the output chose. Where the "
+        "last column is the lowest it is the choice that loses: predictions are made of one layer at a time, "
+        "and before BatchNorm's statistics are taken again.\n\n"
+    )
+    header = ("network", "cut", "format", "plain, plain ranks", "aware, plain ranks", "aware, aware ranks")
+    return words + markdown_table(header, lines) + "\n"
 
 
 def by_setting(groups: dict) -> dict:
@@ -208,7 +230,10 @@ def output_errors(groups: dict) -> str:
         "accuracy TT-SVD",
         "accuracy data-aware",
     )
-    words = "The relative error of the logits of the test images (one ratio for all layers, no repair):\n\n"
+    words = (
+        "The relative error of the logits of the test images (one ratio for all layers, no repair). Near 1 "
+        "the outputs have nothing to do with the dense ones any more, whichever is smaller:\n\n"
+    )
     return words + markdown_table(header, lines) + "\n"
 
 
