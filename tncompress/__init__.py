@@ -9,11 +9,13 @@ True
 """
 
 from tncompress.calibrate import Calibration, calibrate
+from tncompress.cost_model import choose_contractions_
 from tncompress.cuts import Cut
 from tncompress.cutting import AchievedCut, Truncation, truncate
 from tncompress.export import export_onnx, load, save
 from tncompress.finetune import FinetuneConfig, History, finetune, train_
 from tncompress.formats import CP, MPS, SVD, Format, Tucker, register_format
+from tncompress.freezing import Frozen, freeze
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
 from tncompress.measure import evaluate
@@ -58,6 +60,7 @@ __all__ = [
     "FinetuneConfig",
     "FixedRank",
     "Format",
+    "Frozen",
     "History",
     "LayerPlan",
     "ParamsRatio",
@@ -76,10 +79,12 @@ __all__ = [
     "Tucker",
     "build_model",
     "calibrate",
+    "choose_contractions_",
     "compress",
     "evaluate",
     "export_onnx",
     "finetune",
+    "freeze",
     "load",
     "load_weights",
     "make_plan",

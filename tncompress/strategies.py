@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import opt_einsum
@@ -73,7 +73,7 @@ def all_contractions(stages: Sequence[Stage]) -> list[Contraction]:
     for count in range(total - 1, -1, -1):
         for ends in combinations(range(1, total), count):
             bounds = (0, *ends, total)
-            found.append(Contraction(tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))))
+            found.append(Contraction(tuple(b - a for a, b in pairwise(bounds))))
     return found
 
 
@@ -116,7 +116,7 @@ def merged_weights(
 
 
 def in_groups(weight: Tensor, groups: int, fewer: int) -> Tensor:
-    """Return a weight (out, in / groups, ...) as blocks ``(fewer, out, in, ...)``, zero between its groups."""
+    """Return a weight (out, in / groups, ...) as blocks ``(fewer, out, in, ...)``, with zeros between."""
     out, into, *window = weight.shape
     factor = groups // fewer
     if factor == 1:
@@ -154,7 +154,7 @@ class Kept:
         return Kept, ()
 
     def get(self, key: Any, parameters: Sequence[Tensor], make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return what ``make`` returned for these ``parameters`` and this ``key``, made again after changes."""
+        """Return what ``make`` returned for these parameters and this key, made again after changes."""
         if self._made is not None:
             old_key, states, held, made = self._made
             if old_key == key and states == [_state(p) for p in parameters] and _same(parameters, held):
@@ -216,7 +216,7 @@ class Einsum:
         """Return the layer's output for ``x``; ``factors`` have the legs of the network."""
         stacked = [f if geometry.groups > 1 else f[None] for f in factors]
         seen = patches(x, geometry).unflatten(2, geometry.kernel_shape[1:])
-        out = pairwise(self.equation, self.path, [seen, *stacked])  # groups, pixels, out
+        out = contract_pairs(self.equation, self.path, [seen, *stacked])  # groups, pixels, out
         out = out.transpose(0, 1).flatten(1)
         out = out if bias is None else out + bias
         if geometry.ndim == 0:
@@ -226,7 +226,7 @@ class Einsum:
         return out.reshape(*batch, *lengths, geometry.out_channels).movedim(-1, len(batch))
 
 
-def pairwise(equation: str, path: Sequence[Sequence[int]], operands: Sequence[Tensor]) -> Tensor:
+def contract_pairs(equation: str, path: Sequence[Sequence[int]], operands: Sequence[Tensor]) -> Tensor:
     """Return the einsum of ``operands``, contracted along ``path`` (in opt_einsum's words)."""
     inputs, result = equation.split("->")
     terms, tensors = inputs.split(","), list(operands)
