@@ -15,6 +15,7 @@ from tncompress.contraction import dense_stage
 from tncompress.formats.base import Stage
 from tncompress.geometry import CONVS, TRANSPOSED, ConvGeometry
 from tncompress.layers import TNConv
+from tncompress.prepacked import own_weights
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
@@ -122,22 +123,18 @@ def fold(graph: fx.GraphModule, unit: Unit) -> None:
 
 def folded_weights(unit: Unit) -> tuple[list[Tensor], Tensor | None]:
     """Return the weights of the unit's convolutions and its bias, with BatchNorm folded into the last one."""
-    module, geometry, stages = unit.module, unit.geometry, unit.stages
+    module, geometry = unit.module, unit.geometry
     with torch.no_grad():
         if isinstance(module, TNConv):
-            wide = TNConv(module.format, geometry, [t.detach().double() for t in module.tensors()]).contract(
-                module.contraction
-            )
-            held = [w.detach() for w in wide.weights()]
+            weights = own_weights(module)
         else:
-            held = [geometry.kernels(module.weight.detach().double()).flatten(0, 1)]
-        weights = [stage.weight(held[stage.factor], geometry.groups) for stage in stages]
+            weights = [geometry.kernels(module.weight.detach()).flatten(0, 1)]
+        dtype = weights[-1].dtype
         bias = None if module.bias is None else module.bias.detach().double()
         if unit.norm is not None:
             scale, shift = _affine(unit.norm)
-            weights[-1] = weights[-1] * scale.reshape(-1, *[1] * (weights[-1].ndim - 1))
+            weights[-1] = weights[-1].double() * scale.reshape(-1, *[1] * (weights[-1].ndim - 1))
             bias = shift if bias is None else bias * scale + shift
-        dtype = module.factors[0].dtype if isinstance(module, TNConv) else module.weight.dtype
         return [w.to(dtype) for w in weights], None if bias is None else bias.to(dtype)
 
 

@@ -17,9 +17,9 @@ from tncompress.costs import Calls
 from tncompress.discovery import refuse_wrapped
 from tncompress.folding import fold, folded_weights, trace, units_of
 from tncompress.layers import TNConv
-from tncompress.prepacked import FrozenChain
+from tncompress.prepacked import FrozenChain, own_weights
 from tncompress.running import call_model, copy_model, input_shapes
-from tncompress.strategies import Contraction, merged_stages, merged_weights
+from tncompress.strategies import Contraction, merged_stages
 from tncompress.swap import replace_module_
 from tncompress.tables import watched
 
@@ -249,10 +249,9 @@ def fastest_chain(
 
 
 def _frozen_layer(layer: TNConv, way: Contraction, dtype: torch.dtype) -> FrozenChain:
-    merged, stages = way.merged, merged_stages(layer.stages, way.merged)
-    weights = merged_weights(list(layer.factors), layer.stages, merged, layer.geometry.groups)
+    weights, stages = own_weights(layer, way), merged_stages(layer.stages, way.merged)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-    return FrozenChain(layer.geometry, stages, [w.detach().to(dtype) for w in weights], bias)
+    return FrozenChain(layer.geometry, stages, [w.to(dtype) for w in weights], bias)
 
 
 def _run_all(chain: FrozenChain, inputs: Sequence[Tensor]) -> None:

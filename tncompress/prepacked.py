@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from tncompress.contraction import ConvCall, chain_calls
 from tncompress.formats.base import Stage
 from tncompress.geometry import ConvGeometry
+from tncompress.layers import TNConv
+from tncompress.strategies import Contraction, merged_stages, merged_weights
 
 ACTIVATIONS: dict[str, tuple[Any, str, tuple[float, ...]]] = {
     "relu": (F.relu, "relu", ()),
@@ -143,6 +145,15 @@ def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
+def own_weights(layer: TNConv, way: Contraction | None = None) -> list[Tensor]:
+    """Return the weights of a layer's convolutions in the order in which they run, computed in float64."""
+    merged, groups = (way or layer.contraction).merged, layer.geometry.groups
+    factors = [factor.detach().double() for factor in layer.factors]
+    held = merged_weights(factors, layer.stages, merged, groups)
+    stages = merged_stages(layer.stages, merged)
+    return [stage.weight(held[stage.factor], groups).to(layer.factors[0].dtype) for stage in stages]
+
+
 class FrozenChain(nn.Module):
     """A layer for inference: convolutions one after another, the last with all that was folded into it."""
 
@@ -156,18 +167,18 @@ class FrozenChain(nn.Module):
         *,
         pack: bool = True,
     ) -> None:
-        """Take the weight of each convolution that runs, as ``TNConv.weights`` gives them."""
+        """Take the weight of each convolution that runs, as :func:`own_weights` gives them."""
         super().__init__()
         calls, last = chain_calls(geometry, stages), len(stages) - 1
         self.convolutions = nn.ModuleList(
             FrozenConv(
-                stage.weight(weights[stage.factor], geometry.groups),
+                weight,
                 bias if k == last else None,
                 call,
                 activation if k == last else None,
                 pack=pack,
             )
-            for k, (stage, call) in enumerate(zip(stages, calls, strict=True))
+            for k, (weight, call) in enumerate(zip(weights, calls, strict=True))
         )
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
