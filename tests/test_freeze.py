@@ -193,7 +193,10 @@ def test_whatever_follows_a_convolution_the_outputs_stay(how, compressed, way, u
     wanted = model(x.clone())
     untimed["model"] = ["packed", "plain", "packed, dense"].index(way)
     frozen = tnc.freeze(model, x)
-    assert frozen.way == (way if compressed or way != "packed, dense" else "plain")
+    if how is reads_a_weight and compressed:
+        assert frozen.way.startswith("as it is")  # the tracer can't follow how the weight is made
+    else:
+        assert frozen.way == (way if compressed or way != "packed, dense" else "plain")
     assert frozen.rel_error < 1e-5
     with torch.inference_mode():
         assert_close(frozen(x.clone()), wanted, **CLOSE)
@@ -300,7 +303,7 @@ def test_a_frozen_model_compiles_and_exports(frozen_and_input):
     with torch.no_grad():
         wanted = frozen(x)
         assert_close(torch.compile(frozen, fullgraph=True, backend="eager")(x), wanted, **CLOSE)
-        program = torch.export.export(frozen, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(frozen, (x,), dynamic_shapes=(({0: torch.export.Dim("batch")},),))
         assert_close(program.module()(torch.cat([x, x])), frozen(torch.cat([x, x])), **CLOSE)
 
 

@@ -17,7 +17,7 @@ from tncompress.costs import Calls
 from tncompress.discovery import refuse_wrapped
 from tncompress.folding import fold, folded_weights, trace, units_of
 from tncompress.layers import TNConv
-from tncompress.prepacked import FrozenChain, own_weights
+from tncompress.prepacked import FrozenChain, may_pack, own_weights
 from tncompress.running import call_model, copy_model, input_shapes
 from tncompress.strategies import Contraction, merged_stages
 from tncompress.swap import replace_module_
@@ -65,7 +65,7 @@ class Frozen(nn.Module):
             return value
         if self.dtype is not None and value.is_floating_point():
             value = value.to(self.dtype)
-        if self.channels_last and value.ndim == 4:
+        if self.channels_last and value.ndim == 4 and (may_pack(value) or value.is_cuda):
             value = value.contiguous(memory_format=torch.channels_last)
         return value
 
