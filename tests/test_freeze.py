@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import tncompress as tnc
-from tncompress import freezing
+from tncompress import cost_model, freezing
 from tncompress.folding import fold, trace, units_of
 from tncompress.layers import TNConv
 from tncompress.prepacked import FrozenChain, FrozenConv, own_weights
@@ -28,14 +28,15 @@ def untimed(monkeypatch):
     """Time nothing: what comes first is the fastest, unless a test says otherwise."""
     first = {"model": 0, "layer": 0}
 
-    def in_turns(runs, seconds=None):
+    def in_turns(runs, seconds=None, **_):
         for run in runs:
             run()
         best = min(first["layer" if seconds is None else "model"], len(runs) - 1)
         return [float(k != best) for k in range(len(runs))]
 
     monkeypatch.setattr(freezing, "in_turns", in_turns)
-    monkeypatch.setattr(freezing, "shortlist", lambda layer, calls: all_contractions(layer.stages))
+    monkeypatch.setattr(cost_model, "in_turns", in_turns)
+    monkeypatch.setattr(cost_model, "shortlist", lambda layer, calls: all_contractions(layer.stages))
     return first
 
 
@@ -421,6 +422,42 @@ def test_what_is_slower_is_not_returned(untimed):
         (8, 8, 3, 3),
         (8, 8, 3, 1),
     ]
+
+
+def test_compress_keeps_dense_what_is_no_faster(untimed):
+    model, x = settled(Block(iadded)), torch.randn(1, 8, 6, 6)
+    small = tnc.compress(model, SPEC, example_inputs=x, keep_dense_if_slower=True)
+    assert all(isinstance(m, TNConv) for m in (small.a, small.b, small.gate))
+    untimed["layer"] = 99  # the last of all contractions: the kernel
+    small = tnc.compress(model, SPEC, example_inputs=x, keep_dense_if_slower=True)
+    assert type(small.a) is type(small.b) is nn.Conv2d
+    assert isinstance(small.gate, TNConv)  # which no input reaches
+    reasons = {skip.name: skip.reason for skip in small.tncompress_plan.skipped}
+    assert "no faster as a tensor network (dense" in reasons["a"]
+    assert_close(tnc.merge(small)(x), model(x), **CLOSE)
+    with pytest.raises(ValueError, match="it wants example_inputs"):
+        tnc.compress(model, SPEC, keep_dense_if_slower=True)
+
+
+def test_a_kept_layer_leaves_its_norm_alone(untimed):
+    model, x = settled(Block(iadded)), torch.randn(4, 8, 6, 6)
+    untimed["layer"] = 99
+    small = tnc.compress(model, SPEC, calibration=[x], example_inputs=x, keep_dense_if_slower=True)
+    assert_close(small(x), model(x), **CLOSE)
+
+
+@pytest.mark.parametrize("by", ["measurement", "model"])
+def test_contractions_are_chosen_for_the_whole_model(by, untimed):
+    model, x = tnc.compress(settled(Block(iadded)), SPEC), torch.randn(1, 8, 6, 6)
+    untimed["layer"] = 1
+    keys, wanted = set(model.state_dict()), model(x)
+    assert tnc.choose_contractions_(model, x, by=by) is model
+    if by == "measurement":
+        assert [str(m.contraction) for m in (model.a, model.gate)] == ["1+1+2", "chain"]
+    assert set(model.state_dict()) == keys
+    assert_close(model(x), wanted, **CLOSE)
+    with pytest.raises(ValueError, match="by 'measurement' or by 'model'"):
+        tnc.choose_contractions_(model, x, by="luck")
 
 
 def test_what_is_wrong_is_never_taken(monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tncompress.contraction import chain_calls, run_chain
 from tncompress.costs import Calls
@@ -14,6 +16,7 @@ from tncompress.geometry import ConvGeometry
 from tncompress.latency import modelled
 from tncompress.layers import TNConv
 from tncompress.measure import benchmark_classes
+from tncompress.prepacked import FrozenChain, own_weights
 from tncompress.running import input_shapes
 from tncompress.strategies import Contraction, all_contractions, merged_stages, merged_weights
 
@@ -22,8 +25,8 @@ M = TypeVar("M", bound=nn.Module)
 WITHIN, MOST = 1.6, 5
 """Contractions that are measured: those that the model puts within this factor of its best, and how many."""
 
-ROUNDS, SECONDS = 7, 0.02
-"""How often each is measured in turns, and for how many seconds in all at least; the least time counts."""
+ROUNDS, SECONDS, HOPELESS = 7, 0.02, 1.5
+"""How often each is measured in turns, and for how many seconds in all about, and what is given up."""
 
 
 def modelled_contraction(layer: TNConv, calls: Calls) -> Contraction:
@@ -54,6 +57,23 @@ def measured_contraction(layer: TNConv, calls: Calls) -> Contraction:
     return ways[seconds.index(min(seconds))]
 
 
+def fastest_chain(
+    layer: TNConv, calls: Calls, *, dtype: torch.dtype | None = None
+) -> tuple[Contraction, float, float]:
+    """Return the contraction with which a frozen layer is the fastest, its seconds, and the dense ones."""
+    dense = Contraction.of("kernel", layer.stages)
+    ways = list(dict.fromkeys([*shortlist(layer, calls), dense]))
+    dtype = dtype or layer.factors[0].dtype
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = [
+            _channels_last(torch.randn(shape, dtype=dtype, device=layer.factors[0].device)) for shape in calls
+        ]
+        chains = [_frozen_layer(layer, way, dtype) for way in ways]
+    seconds = in_turns([partial(_run_all, chain, inputs) for chain in chains])
+    best = seconds.index(min(seconds))
+    return ways[best], seconds[best], seconds[ways.index(dense)]
+
+
 def choose_contractions_(
     model: M, example_inputs: Any, *, by: Literal["measurement", "model"] = "measurement"
 ) -> M:
@@ -79,23 +99,30 @@ def choose_contractions_(
 
 
 def in_turns(
-    runs: Sequence[Callable[[], Any]], *, seconds: float = SECONDS, rounds: int = ROUNDS
+    runs: Sequence[Callable[[], Any]],
+    *,
+    seconds: float = SECONDS,
+    rounds: int = ROUNDS,
+    hopeless: float = HOPELESS,
 ) -> list[float]:
     """Return the least seconds that each of ``runs`` took, measured in turns so that noise hits all alike.
 
     Noise only ever adds, so that it is the least that tells runs apart on a machine that does other things,
-    too. What is slow in the first round by half again is not run any more.
+    too. With one thread, and no GPU, it is that thread's own time that counts, which goes on only while it
+    runs. What is ``hopeless`` times slower than the fastest after two rounds is not run any more.
     """
     Timer, _ = benchmark_classes()  # noqa: N806
     threads = torch.get_num_threads()
-    timers = [Timer("run()", globals={"run": run}, num_threads=threads) for run in runs]
+    clock = {"timer": time.thread_time} if threads == 1 and not torch.cuda.is_available() else {}
+    timers = [Timer("run()", globals={"run": run}, num_threads=threads, **clock) for run in runs]
     with torch.inference_mode():
-        least = [_once(timer, 1) for timer in timers]  # warm up
+        for timer in timers:
+            timer.timeit(1)
         least = [min(_once(timer, 1) for _ in range(2)) for timer in timers]
-        counts = [max(1, int(seconds / rounds / max(time, 1e-7))) for time in least]
+        counts = [max(1, int(seconds / rounds / max(each, 1e-6))) for each in least]
         for number in range(rounds):
             for k, timer in enumerate(timers):
-                if number < 2 or least[k] < 1.5 * min(least):
+                if number < 2 or least[k] < hopeless * min(least):
                     least[k] = min(least[k], _once(timer, counts[k]))
     return least
 
@@ -104,7 +131,7 @@ def _once(timer: Any, count: int) -> float:
     return float(timer.timeit(count).median)
 
 
-def _like(layer: TNConv, shape: tuple[int, ...]) -> torch.Tensor:
+def _like(layer: TNConv, shape: tuple[int, ...]) -> Tensor:
     """Return a random input of this shape, with the layout of the layer's weights."""
     first = layer.factors[0]
     x = torch.randn(shape, dtype=first.dtype, device=first.device)
@@ -116,7 +143,7 @@ def _like(layer: TNConv, shape: tuple[int, ...]) -> torch.Tensor:
     return x.to(memory_format=last) if laid_out else x
 
 
-def _runner(layer: TNConv, way: Contraction, inputs: Sequence[torch.Tensor]) -> Callable[[], Any]:
+def _runner(layer: TNConv, way: Contraction, inputs: Sequence[Tensor]) -> Callable[[], Any]:
     geometry: ConvGeometry = layer.geometry
     stages = merged_stages(layer.stages, way.merged)
     weights = merged_weights(list(layer.factors), layer.stages, way.merged, geometry.groups)
@@ -127,3 +154,18 @@ def _runner(layer: TNConv, way: Contraction, inputs: Sequence[torch.Tensor]) -> 
             run_chain(x, weights, stages, calls, layer.bias, groups=geometry.groups)
 
     return run
+
+
+def _frozen_layer(layer: TNConv, way: Contraction, dtype: torch.dtype) -> FrozenChain:
+    weights, stages = own_weights(layer, way), merged_stages(layer.stages, way.merged)
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    return FrozenChain(layer.geometry, stages, [w.to(dtype) for w in weights], bias)
+
+
+def _run_all(chain: FrozenChain, inputs: Sequence[Tensor]) -> None:
+    for x in inputs:
+        chain(x)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tncompress.cost_model import in_turns, shortlist
-from tncompress.costs import Calls
+from tncompress.cost_model import fastest_chain, in_turns
 from tncompress.discovery import refuse_wrapped
 from tncompress.folding import fold, folded_weights, trace, units_of
 from tncompress.layers import TNConv
-from tncompress.prepacked import FrozenChain, may_pack, own_weights
+from tncompress.prepacked import FrozenChain, may_pack
 from tncompress.running import call_model, copy_model, input_shapes
-from tncompress.strategies import Contraction, merged_stages
+from tncompress.strategies import Contraction
 from tncompress.swap import replace_module_
 from tncompress.tables import watched
 
@@ -229,38 +227,6 @@ class _Maker:
         best = ways[times.index(min(times))]
         best.seconds = {frozen.way: time for frozen, time in zip(ways, times, strict=True)}
         return best
-
-
-def fastest_chain(
-    layer: TNConv, calls: Calls, *, dtype: torch.dtype | None = None
-) -> tuple[Contraction, float, float]:
-    """Return the contraction with which a frozen layer is the fastest, its seconds, and the dense ones."""
-    dense = Contraction.of("kernel", layer.stages)
-    ways = list(dict.fromkeys([*shortlist(layer, calls), dense]))
-    dtype = dtype or layer.factors[0].dtype
-    with torch.inference_mode(False), torch.no_grad():
-        inputs = [
-            _channels_last(torch.randn(shape, dtype=dtype, device=layer.factors[0].device)) for shape in calls
-        ]
-        chains = [_frozen_layer(layer, way, dtype) for way in ways]
-    seconds = in_turns([partial(_run_all, chain, inputs) for chain in chains])
-    best = seconds.index(min(seconds))
-    return ways[best], seconds[best], seconds[ways.index(dense)]
-
-
-def _frozen_layer(layer: TNConv, way: Contraction, dtype: torch.dtype) -> FrozenChain:
-    weights, stages = own_weights(layer, way), merged_stages(layer.stages, way.merged)
-    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-    return FrozenChain(layer.geometry, stages, [w.to(dtype) for w in weights], bias)
-
-
-def _run_all(chain: FrozenChain, inputs: Sequence[Tensor]) -> None:
-    for x in inputs:
-        chain(x)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
