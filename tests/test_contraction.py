@@ -9,7 +9,7 @@ from conftest import GEOMETRIES, every_format_and_geometry
 from torch import nn
 from torch.testing import assert_close
 
-from tncompress import layers
+from tncompress import layers, strategies
 from tncompress.formats import CP, MPS, Tucker
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
@@ -148,6 +148,15 @@ def test_a_change_of_the_factors_is_seen(merged, change, mode):
     with mode():
         assert_close(layer(x), chain(x), **LAWFUL)
         assert change is cast_twice or not torch.allclose(layer(x), before)
+
+
+def test_a_change_that_no_sample_sees_is_known_by_the_version(merged, monkeypatch):
+    monkeypatch.setattr(strategies, "SAMPLE", 1)
+    layer, x = merged
+    layer(x)
+    for changed in (lambda f: f[-1, -1, -1].mul_(2), lambda f: f.copy_(torch.cat([f[:1], f[1:] + 1]))):
+        changed(layer.factors[1])
+        assert_close(layer(x), copy.deepcopy(layer).contract("chain")(x), **LAWFUL)
 
 
 def test_merged_weights_are_made_once_in_inference_and_always_where_gradients_are_wanted(merged, monkeypatch):

@@ -32,14 +32,14 @@ from tncompress.strategies import all_contractions, merged_stages
 
 ROWS = Path(__file__).parents[2] / "docs" / "benchmarks.jsonl"
 LAYERS = [  # channels in, out, image side: of ResNets and VGGs
-    (64, 64, 56),
-    (64, 128, 56),
     (128, 128, 28),
-    (128, 128, 56),
     (256, 256, 14),
-    (256, 256, 28),
     (512, 512, 7),
+    (64, 64, 56),
+    (256, 256, 28),
+    (64, 128, 56),
     (512, 512, 14),
+    (128, 128, 56),
 ]
 FORMATS = {
     "svd": tnc.SVD(),
@@ -229,9 +229,10 @@ def known():
 def run_layers(options):
     keys = [
         {"kind": "layer", "format": name, "layer": list(shape), "batch": batch, "cut": options.cut}
+        for names in (("svd", "tucker", "mps"), ("svd separable", "cp"))
         for shape in LAYERS
-        for batch in (1, 8)
-        for name in FORMATS
+        for batch in (8, 1)
+        for name in names
     ]
     done = [{key: row[key] for key in keys[0]} for row in known() if row["kind"] == "layer"]
     for key in [key for key in keys if key not in done][: options.most]:
