@@ -22,7 +22,7 @@ MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "h
 FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6", F.silu: "silu"}
 FUNCTIONS |= {F.hardswish: "hardswish"}
 METHODS = {"relu": "relu", "relu_": "relu"}
-ADDITIONS = (operator.add, operator.iadd, torch.add)
+ADDITIONS = (operator.add, torch.add)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -183,8 +183,6 @@ def _other_side(user: fx.Node, last: fx.Node, start: fx.Node) -> fx.Node | None:
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)) or left is right:
         return None
     other = right if left is last else left
-    if user.target is operator.iadd and left is not last and len(left.users) > 1:
-        return None  # who else reads what is added to
     node, source = start.next, start.args[0]
     while node is not user:
         if source in node.all_input_nodes and _may_write(node):
