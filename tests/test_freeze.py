@@ -464,8 +464,12 @@ def test_contractions_are_chosen_for_the_whole_model(by, untimed):
         assert [str(m.contraction) for m in (model.a, model.gate)] == ["1+1+2", "chain"]
     assert set(model.state_dict()) == keys
     assert_close(model(x), wanted, **CLOSE)
-    with pytest.raises(ValueError, match="by 'measurement' or by 'model'"):
-        tnc.choose_contractions_(model, x, by="luck")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_contractions_are_chosen_in_two_ways_only():
+    with pytest.raises(ValueError, match="by 'measurement' or by 'model', got 'luck'"):
+        tnc.choose_contractions_(nn.Sequential(), torch.randn(1), by="luck")
 
 
 def test_what_is_wrong_is_never_taken(monkeypatch):
