@@ -37,7 +37,7 @@ def untimed(monkeypatch):
 
     monkeypatch.setattr(freezing, "in_turns", in_turns)
     monkeypatch.setattr(cost_model, "in_turns", in_turns)
-    monkeypatch.setattr(cost_model, "shortlist", lambda layer, calls: all_contractions(layer.stages))
+    monkeypatch.setattr(cost_model, "shortlist", lambda layer, calls, **_: all_contractions(layer.stages))
     return first
 
 
