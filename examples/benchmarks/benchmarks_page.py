@@ -3,7 +3,7 @@
 import statistics
 from collections import defaultdict
 
-from tncompress.tables import markdown_table
+from tncompress.tables import markdown_table as table_of_text
 
 INTRO = """# Speed
 
@@ -18,6 +18,11 @@ Weights are random, seed 0; the environment is the default one.
 """
 
 GOALS = {("svd", 8): 3.4, ("tucker", 8): 3.4, ("mps", 8): 3.1, ("svd", 1): 2.8, ("tucker", 1): 2.8}
+
+
+def markdown_table(head, lines):
+    """Return a table of cells of any kind."""
+    return table_of_text(head, [[str(cell) for cell in line] for line in lines])
 
 
 def write_page(rows, path):
