@@ -10,11 +10,13 @@ True
 
 from tncompress.atlas import CutAtlas, CutRow, atlas
 from tncompress.calibrate import Calibration, calibrate
+from tncompress.cost_model import choose_contractions_
 from tncompress.cuts import Cut
 from tncompress.cutting import AchievedCut, Truncation, truncate
 from tncompress.export import export_onnx, load, save
 from tncompress.finetune import FinetuneConfig, History, finetune, train_
 from tncompress.formats import CP, MPS, SVD, Format, Tucker, register_format
+from tncompress.freezing import Frozen, freeze
 from tncompress.geometry import ConvGeometry
 from tncompress.interop import (
     Einsum,
@@ -77,6 +79,7 @@ __all__ = [
     "FinetuneConfig",
     "FixedRank",
     "Format",
+    "Frozen",
     "History",
     "KernelNodes",
     "LayerPlan",
@@ -98,11 +101,13 @@ __all__ = [
     "atlas",
     "build_model",
     "calibrate",
+    "choose_contractions_",
     "compress",
     "evaluate",
     "export_onnx",
     "export_program",
     "finetune",
+    "freeze",
     "from_quimb",
     "from_tensornetwork",
     "from_tltorch",

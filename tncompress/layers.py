@@ -9,9 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tncompress.contraction import ConvCall, chain_calls, run_chain
+from tncompress.contraction import chain_calls, run_chain
 from tncompress.formats.base import Format
 from tncompress.geometry import ConvGeometry
+from tncompress.strategies import (
+    Contraction,
+    Einsum,
+    Kept,
+    may_keep,
+    merged_stages,
+    merged_weights,
+)
 
 
 def _of_torch(name: str) -> property:
@@ -66,7 +74,7 @@ class TNConv(nn.Module):
         self.ranks = _ranks_of(format, geometry, factors)
         self.rel_error = rel_error
         self.stages = format.stages(geometry.kernel_shape, self.ranks)
-        self._calls = chain_calls(geometry, self.stages)
+        self.contract("chain")
         shapes = self._stored_shapes()
         held = (factor.reshape(shape) for factor, shape in zip(factors, shapes, strict=True))
         self.factors = nn.ParameterList([nn.Parameter(factor) for factor in held])
@@ -86,6 +94,40 @@ class TNConv(nn.Module):
     def _stored_shapes(self) -> list[tuple[int, ...]]:
         stages = sorted(self.stages, key=lambda stage: stage.factor)
         return [stage.stored_shape(self.geometry.groups) for stage in stages]
+
+    @property
+    def contraction(self) -> Contraction:
+        """How the layer runs: the chain of all its stages, unless :meth:`contract` chose another way."""
+        return self._contraction
+
+    def contract(self, contraction: str | Sequence[int] | Contraction) -> TNConv:
+        """Choose how the layer runs from now on, and return it; what it computes stays the same.
+
+        ``"chain"`` runs one convolution for each stage, ``"kernel"`` the rebuilt dense kernel, ``"einsum"``
+        an einsum over patches (slow: for comparison), and counts like ``(1, 2, 1)`` say how many
+        neighbouring stages each convolution merges. Merged weights are kept between calls without gradients,
+        and made again when a factor changes. Parameters and ``state_dict`` know nothing of it.
+
+        >>> from tncompress import MPS
+        >>> layer = TNConv.from_dense(nn.Conv2d(8, 16, 3), MPS(), ranks=(4, 6, 4))
+        >>> str(layer.contract((1, 2, 1)).contraction)        # kh and kw in one convolution
+        '1+2+1'
+        """
+        chosen = Contraction.of(contraction, self.stages)
+        self._contraction, self._kept = chosen, Kept()
+        self._einsum = Einsum.of(self.format, self.geometry, self.ranks) if chosen.einsum else None
+        self.running = merged_stages(self.stages, chosen.merged)
+        self._calls = chain_calls(self.geometry, self.running)
+        return self
+
+    def weights(self) -> list[Tensor]:
+        """Return what the convolutions that run take, of the factors or merged from them."""
+        merged, factors, groups = self._contraction.merged, list(self.factors), self.geometry.groups
+        if max(merged) == 1:
+            return factors
+        if not may_keep(factors):
+            return merged_weights(factors, self.stages, merged, groups)
+        return self._kept.get(merged, factors, lambda: merged_weights(factors, self.stages, merged, groups))
 
     def tensors(self) -> list[Tensor]:
         """Return the factors with the legs that ``format.network`` names, those of several groups stacked.
@@ -117,11 +159,15 @@ class TNConv(nn.Module):
         ``output_size``, of a transposed convolution only, is what torch's layers take: the spatial size
         wanted, where the stride leaves a choice.
         """
-        calls = self._calls if output_size is None else self._calls_for(input, output_size)
-        groups = self.geometry.groups
-        return run_chain(input, list(self.factors), self.stages, calls, self.bias, groups=groups)
+        geometry, calls = self.geometry, self._calls
+        if output_size is not None:
+            geometry = self._geometry_for(input, output_size)
+            calls = chain_calls(geometry, self.running)
+        if self._einsum is not None:
+            return self._einsum(input, self.tensors(), self.bias, geometry)
+        return run_chain(input, self.weights(), self.running, calls, self.bias, groups=geometry.groups)
 
-    def _calls_for(self, input: Tensor, output_size: Sequence[int]) -> tuple[ConvCall, ...]:
+    def _geometry_for(self, input: Tensor, output_size: Sequence[int]) -> ConvGeometry:
         geometry = self.geometry
         if not geometry.transposed:
             raise TypeError("output_size is for transposed convolutions, which this layer is not")
@@ -129,7 +175,7 @@ class TNConv(nn.Module):
         if len(output_size) not in (geometry.ndim, input.ndim):
             raise ValueError(f"wanted an output size of {geometry.ndim} numbers, got {tuple(output_size)}")
         extra = geometry.output_padding_for(lengths, output_size[len(output_size) - geometry.ndim :])
-        return chain_calls(replace(geometry, output_padding=extra), self.stages)
+        return replace(geometry, output_padding=extra)
 
     def to_dense(self) -> nn.Module:
         """Return a fresh dense layer (``nn.Conv2d``, ``nn.Linear`` ...) with the same kernel and bias."""
@@ -148,6 +194,7 @@ class TNConv(nn.Module):
         shape = "x".join(map(str, self.geometry.weight_shape))
         made = f"{self.format}, kernel={shape}, ranks={self.ranks}, bias={self.bias is not None}"
         made += f", groups={self.groups}" if self.geometry.groups > 1 else ""
+        made += f", contraction={self.contraction}" if str(self.contraction) != "chain" else ""
         return made + (", transposed" if self.geometry.transposed else "")
 
 

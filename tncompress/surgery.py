@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tncompress.calibrate import Calibration, as_calibration
+from tncompress.cost_model import fastest_chain
 from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
 from tncompress.layers import TNConv
-from tncompress.plan import LayerPlan, Plan
+from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.planner import make_plan, with_fits
 from tncompress.responses import Sensitivity
-from tncompress.running import copy_model
+from tncompress.running import copy_model, input_shapes
 from tncompress.selection import describe, memory_for
 from tncompress.spec import Spec
 from tncompress.swap import adopt, replace_all_, replace_module_
@@ -33,6 +34,7 @@ def compress(
     sensitivity: Sensitivity | None = None,
     example_inputs: Any = None,
     inplace: bool = False,
+    keep_dense_if_slower: bool = False,
     progress: bool = False,
 ) -> M:
     """Return a copy of ``model`` whose planned layers are tensor networks.
@@ -43,8 +45,9 @@ def compress(
     biases, or by the running means of the BatchNorms behind them. A budget is then shared out by the change
     of the network's output; see :func:`make_plan`, also for ``sensitivity``. The copy is of the model's own
     class; its plan stays with it as ``tncompress_plan``. With ``inplace`` the model itself is changed, once
-    every layer is ready. Dtype, device, memory format, training mode, ``requires_grad`` and hooks of each
-    layer are kept.
+    every layer is ready. With ``keep_dense_if_slower`` each layer is timed on inputs like ``example_inputs``,
+    as :func:`freeze` would run it, and stays dense where that is no faster; the plan says so. Dtype, device,
+    memory format, training mode, ``requires_grad`` and hooks of each layer are kept.
 
     >>> import tncompress as tnc
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1))
@@ -53,6 +56,8 @@ def compress(
     torch.Size([1, 4, 4, 4])
     """
     refuse_wrapped(model)
+    if keep_dense_if_slower and example_inputs is None:
+        raise ValueError("keep_dense_if_slower measures: it wants example_inputs, as the model takes them")
     plan = spec
     if not isinstance(plan, Plan):
         plan = make_plan(
@@ -77,6 +82,9 @@ def compress(
             )
             raise ValueError(f"the plan does not fit this model at layer {planned.name!r}: {why}")
         made[planned.name] = _build(layer, planned, plan)
+    if keep_dense_if_slower:
+        plan = _without_slower(target, plan, made, example_inputs)
+        made = {layer.name: made[layer.name] for layer in plan.compressed}
     means = _shifted_means(target, plan)
     replace_all_(target, {name: new for planned, new in made.values() for name in planned.names})
     for norm, mean in means.items():
@@ -84,6 +92,28 @@ def compress(
     layers = tuple(made[layer.name][0] if layer.name in made else layer for layer in plan.layers)
     cast(Any, target).tncompress_plan = replace(plan, layers=layers, fits={}, shifts={})
     return target
+
+
+def _without_slower(
+    model: nn.Module, plan: Plan, made: Mapping[str, tuple[LayerPlan, TNConv]], example_inputs: Any
+) -> Plan:
+    """Return ``plan`` with those dense layers skipped that no contraction of their network outruns."""
+    modules = {name: model.get_submodule(name) for name in made}
+    dense = {name: module for name, module in modules.items() if not isinstance(module, TNConv)}
+    skips: dict[str, Skip] = {}
+    for name, shapes in input_shapes(model, dense, example_inputs).items():
+        planned, layer = made[name]
+        if not shapes:
+            continue
+        way, seconds, best = fastest_chain(layer, sorted(set(shapes)))
+        if str(way) == "kernel" or seconds >= best:
+            reason = f"no faster as a tensor network (dense {1e3 * best:.3g} ms on the example inputs)"
+            params, macs = planned.params_dense, planned.macs_dense
+            shape = planned.geometry.weight_shape
+            skips[name] = Skip(planned.names, planned.kind, shape, reason, params, macs)
+    layers = tuple(skips.get(layer.name, layer) for layer in plan.layers)
+    shifts = {name: shift for name, shift in plan.shifts.items() if name not in skips}
+    return replace(plan, layers=layers, shifts=shifts)
 
 
 def _shifted_means(model: nn.Module, plan: Plan) -> dict[nn.Module, Tensor]:

@@ -1,0 +1,171 @@
+"""Which contraction a layer should run: by the model of the machine, or measured in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tncompress.contraction import chain_calls, run_chain
+from tncompress.costs import Calls
+from tncompress.geometry import ConvGeometry
+from tncompress.latency import modelled
+from tncompress.layers import TNConv
+from tncompress.measure import benchmark_classes
+from tncompress.prepacked import FrozenChain, own_weights
+from tncompress.running import input_shapes
+from tncompress.strategies import Contraction, all_contractions, merged_stages, merged_weights
+
+M = TypeVar("M", bound=nn.Module)
+
+WITHIN, MOST = 1.6, 5
+"""Contractions that are measured: those that the model puts within this factor of its best, and how many."""
+
+ROUNDS, SECONDS, HOPELESS = 7, 0.02, 1.5
+"""How often each is measured in turns, and for how many seconds in all about, and what is given up."""
+
+
+def modelled_contraction(layer: TNConv, calls: Calls) -> Contraction:
+    """Return the contraction that takes the least time on inputs of these shapes, by the model."""
+    return shortlist(layer, calls, within=1.0, most=1)[0]
+
+
+def shortlist(layer: TNConv, calls: Calls, *, within: float = WITHIN, most: int = MOST) -> list[Contraction]:
+    """Return the contractions that may be the fastest by the model of the machine, its best first."""
+    geometry, stages = layer.geometry, layer.stages
+    seconds = {
+        way: sum(modelled(geometry, merged_stages(stages, way.merged), shape) for shape in calls)
+        for way in all_contractions(stages)
+    }
+    order = sorted(seconds, key=lambda way: seconds[way])
+    return [way for way in order[:most] if seconds[way] <= within * seconds[order[0]]]
+
+
+def measured_contraction(layer: TNConv, calls: Calls) -> Contraction:
+    """Return the contraction of the shortlist, the chain or the kernel, that is the fastest here and now."""
+    stages = layer.stages
+    ways = shortlist(layer, calls)
+    ways += [w for w in (Contraction.of("chain", stages), Contraction.of("kernel", stages)) if w not in ways]
+    with torch.inference_mode():
+        inputs = [_like(layer, shape) for shape in calls]
+        runs = [_runner(layer, way, inputs) for way in ways]
+    seconds = in_turns(runs)
+    return ways[seconds.index(min(seconds))]
+
+
+def fastest_chain(
+    layer: TNConv, calls: Calls, *, dtype: torch.dtype | None = None
+) -> tuple[Contraction, float, float]:
+    """Return the contraction with which a frozen layer is the fastest, its seconds, and the dense ones."""
+    dense = Contraction.of("kernel", layer.stages)
+    ways = list(dict.fromkeys([*shortlist(layer, calls), dense]))
+    dtype = dtype or layer.factors[0].dtype
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = [
+            _channels_last(torch.randn(shape, dtype=dtype, device=layer.factors[0].device)) for shape in calls
+        ]
+        chains = [_frozen_layer(layer, way, dtype) for way in ways]
+    seconds = in_turns([partial(_run_all, chain, inputs) for chain in chains])
+    best = seconds.index(min(seconds))
+    return ways[best], seconds[best], seconds[ways.index(dense)]
+
+
+def choose_contractions_(
+    model: M, example_inputs: Any, *, by: Literal["measurement", "model"] = "measurement"
+) -> M:
+    """Choose how each :class:`TNConv` of ``model`` runs on inputs like ``example_inputs``, and return it.
+
+    Layers stay what they are and can be trained; see :meth:`TNConv.contract`. By ``"measurement"`` the
+    promising ways are timed in turns; by ``"model"`` nothing is run but one forward pass for the shapes.
+    """
+    if by not in ("measurement", "model"):
+        raise ValueError(f"contractions are chosen by 'measurement' or by 'model', got {by!r}")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, TNConv)}
+    choose = measured_contraction if by == "measurement" else modelled_contraction
+    chosen: dict[Any, Contraction] = {}
+    for name, shapes in input_shapes(model, layers, example_inputs).items():
+        layer = layers[name]
+        if shapes:
+            first = layer.factors[0]
+            key = layer.geometry, layer.stages, tuple(shapes), first.dtype, first.device
+            if key not in chosen:
+                chosen[key] = choose(layer, sorted(set(shapes)))
+            layer.contract(chosen[key])
+    return model
+
+
+def in_turns(
+    runs: Sequence[Callable[[], Any]],
+    *,
+    seconds: float = SECONDS,
+    rounds: int = ROUNDS,
+    hopeless: float = HOPELESS,
+) -> list[float]:
+    """Return the least seconds that each of ``runs`` took, measured in turns so that noise hits all alike.
+
+    Noise only ever adds, so that it is the least that tells runs apart on a machine that does other things,
+    too. With one thread, and no GPU, it is that thread's own time that counts, which goes on only while it
+    runs. What is ``hopeless`` times slower than the fastest after two rounds is not run any more.
+    """
+    Timer, _ = benchmark_classes()  # noqa: N806
+    threads = torch.get_num_threads()
+    clock = {"timer": time.thread_time} if threads == 1 and not torch.cuda.is_available() else {}
+    timers = [Timer("run()", globals={"run": run}, num_threads=threads, **clock) for run in runs]
+    with torch.inference_mode():
+        for timer in timers:
+            timer.timeit(1)
+        least = [min(_once(timer, 1) for _ in range(2)) for timer in timers]
+        counts = [max(1, int(seconds / rounds / max(each, 1e-6))) for each in least]
+        for number in range(rounds):
+            for k, timer in enumerate(timers):
+                if number < 2 or least[k] < hopeless * min(least):
+                    least[k] = min(least[k], _once(timer, counts[k]))
+    return least
+
+
+def _once(timer: Any, count: int) -> float:
+    return float(timer.timeit(count).median)
+
+
+def _like(layer: TNConv, shape: tuple[int, ...]) -> Tensor:
+    """Return a random input of this shape, with the layout of the layer's weights."""
+    first = layer.factors[0]
+    x = torch.randn(shape, dtype=first.dtype, device=first.device)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape))
+    laid_out = last and any(
+        f.ndim == x.ndim and f.is_contiguous(memory_format=last) and not f.is_contiguous()
+        for f in layer.factors
+    )
+    return x.to(memory_format=last) if laid_out else x
+
+
+def _runner(layer: TNConv, way: Contraction, inputs: Sequence[Tensor]) -> Callable[[], Any]:
+    geometry: ConvGeometry = layer.geometry
+    stages = merged_stages(layer.stages, way.merged)
+    weights = merged_weights(list(layer.factors), layer.stages, way.merged, geometry.groups)
+    calls = chain_calls(geometry, stages)
+
+    def run() -> None:
+        for x in inputs:
+            run_chain(x, weights, stages, calls, layer.bias, groups=geometry.groups)
+
+    return run
+
+
+def _frozen_layer(layer: TNConv, way: Contraction, dtype: torch.dtype) -> FrozenChain:
+    weights, stages = own_weights(layer, way), merged_stages(layer.stages, way.merged)
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    return FrozenChain(layer.geometry, stages, [w.to(dtype) for w in weights], bias)
+
+
+def _run_all(chain: FrozenChain, inputs: Sequence[Tensor]) -> None:
+    for x in inputs:
+        chain(x)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

@@ -1,0 +1,190 @@
+"""Convolutions for inference: weights laid out for the backend, with what comes after them.
+
+On a CPU oneDNN keeps weights in an order of its own, and adds and activates while the result is still in
+cache. Where it can't (other devices, other kinds of layers, gradients, compilers, tracers) the same weights
+run through torch's convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tncompress.contraction import ConvCall, chain_calls
+from tncompress.formats.base import Stage
+from tncompress.geometry import ConvGeometry
+from tncompress.layers import TNConv
+from tncompress.strategies import Contraction, merged_stages, merged_weights
+
+ACTIVATIONS: dict[str, tuple[Any, str, tuple[float, ...]]] = {
+    "relu": (F.relu, "relu", ()),
+    "relu6": (F.relu6, "hardtanh", (0.0, 6.0)),
+    "silu": (F.silu, "swish", ()),
+    "hardswish": (F.hardswish, "hardswish", ()),
+}
+"""By name: torch's function, oneDNN's word for it, and its numbers."""
+
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class FrozenConv(nn.Module):
+    """One convolution with a fixed weight, of a layer's chain; ``activation`` comes after it.
+
+    The weight has the shape (out, in / groups, ...) also where the convolution is a transposed one.
+    A second input of the output's shape is added before the activation.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: ConvCall,
+        activation: str | None = None,
+        *,
+        pack: bool = True,
+    ) -> None:
+        super().__init__()
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d} if pack else {}
+        if weight.ndim in formats:
+            weight = weight.to(memory_format=formats[weight.ndim])
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.call, self.activation = call, activation
+        self.pack = pack and len(call.stride) == 2 and call.output_padding is None
+        self._packed: tuple[Tensor, int, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}  # oneDNN's tensors can't be written, and are quickly made
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Return the convolution of ``x``, plus ``other``, activated."""
+        return self.run(x, other, may_pack(x))
+
+    def run(self, x: Tensor, other: Tensor | None, may: bool) -> Tensor:
+        """Return :meth:`forward`'s output; ``may`` says whether oneDNN may see ``x`` as it is."""
+        if may and self.pack and (other is None or self._fits(x, other)):
+            packed = self._packed_weight(x)
+            if packed is not None:
+                return self._run_packed(x, packed, other)
+        x = self.call(x, self.weight, self.bias)
+        x = x if other is None else x + other
+        return x if self.activation is None else ACTIVATIONS[self.activation][0](x)
+
+    def _fits(self, x: Tensor, other: Tensor) -> bool:
+        """Say whether ``other`` surely has the output's shape and dtype: oneDNN does not broadcast."""
+        if type(other) is not Tensor or other.dtype != x.dtype or other.ndim != 4:
+            return False
+        call, pad = self.call, self.call.pad or (0, 0, 0, 0)
+        (high, wide), (p, q), (d, e), (s, t) = x.shape[2:], call.padding, call.dilation, call.stride
+        out, _, kh, kw = self.weight.shape
+        high = (high + pad[2] + pad[3] + 2 * p - d * (kh - 1) - 1) // s + 1
+        wide = (wide + pad[0] + pad[1] + 2 * q - e * (kw - 1) - 1) // t + 1
+        return other.shape == (x.shape[0], out, high, wide)
+
+    def _packed_weight(self, x: Tensor) -> Tensor | None:
+        weight, call, kept = self.weight, self.call, self._packed
+        if weight.dtype != x.dtype or weight.device.type != "cpu":
+            return None
+        if kept is not None and kept[0] is weight and kept[1] == _version(weight):
+            return kept[2]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                packed = torch.ops.mkldnn._reorder_convolution_weight(
+                    weight, call.padding, call.stride, call.dilation, call.groups, list(x.shape)
+                )
+        except (RuntimeError, AttributeError):
+            self.pack = False  # this build of torch, or this processor, has no such thing
+            return None
+        self._packed = weight, _version(weight), packed
+        return packed
+
+    def _run_packed(self, x: Tensor, packed: Tensor, other: Tensor | None) -> Tensor:
+        call, bias = self.call, self.bias
+        if call.pad:
+            x = F.pad(x, call.pad, mode=call.pad_mode)
+        _, name, numbers = ACTIVATIONS[self.activation] if self.activation else (None, "none", ())
+        run = torch.ops.mkldnn._convolution_pointwise
+        where = (call.padding, call.stride, call.dilation, call.groups)
+        if other is None:
+            return run.default(x, packed, bias, *where, name, numbers, "")
+        after = None if name == "none" else name
+        return run.binary(x, other, packed, bias, *where, "add", None, after, numbers, None)
+
+    def extra_repr(self) -> str:
+        """Describe the convolution in the printed module."""
+        made = f"weight={'x'.join(map(str, self.weight.shape))}, stride={self.call.stride}"
+        made += f", groups={self.call.groups}" if self.call.groups > 1 else ""
+        return made + (f", {self.activation}" if self.activation else "")
+
+
+def may_pack(x: Tensor) -> bool:
+    """Say whether oneDNN may see ``x``: on the CPU, and nobody asks for gradients or looks on."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.ndim == 4
+        and x.dtype in PACKED_DTYPES
+        and x.is_cpu
+        and x.numel() > 0
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0  # whoever counts operations knows torch's only
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+def own_weights(layer: TNConv, way: Contraction | None = None) -> list[Tensor]:
+    """Return the weights of a layer's convolutions in the order in which they run, computed in float64."""
+    merged, groups = (way or layer.contraction).merged, layer.geometry.groups
+    factors = [factor.detach().double() for factor in layer.factors]
+    held = merged_weights(factors, layer.stages, merged, groups)
+    stages = merged_stages(layer.stages, merged)
+    return [stage.weight(held[stage.factor], groups).to(layer.factors[0].dtype) for stage in stages]
+
+
+class FrozenChain(nn.Module):
+    """A layer for inference: convolutions one after another, the last with all that was folded into it."""
+
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        stages: Sequence[Stage],
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        activation: str | None = None,
+        *,
+        pack: bool = True,
+    ) -> None:
+        """Take the weight of each convolution that runs, as :func:`own_weights` gives them."""
+        super().__init__()
+        calls, last = chain_calls(geometry, stages), len(stages) - 1
+        self.convolutions = nn.ModuleList(
+            FrozenConv(
+                weight,
+                bias if k == last else None,
+                call,
+                activation if k == last else None,
+                pack=pack,
+            )
+            for k, (weight, call) in enumerate(zip(weights, calls, strict=True))
+        )
+
+    def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
+        """Return the layer's output, plus ``other``, activated."""
+        may = may_pack(input)
+        convolutions: list[Any] = list(self.convolutions)
+        for convolution in convolutions[:-1]:
+            input = convolution.run(input, None, may)
+        return convolutions[-1].run(input, other, may)
