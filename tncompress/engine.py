@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tncompress.measure import device_of
 from tncompress.randomness import batches_of
 from tncompress.recipe import FinetuneConfig
-from tncompress.running import eval_mode
+from tncompress.running import at_least_float, eval_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -122,45 +122,53 @@ def accuracy_of(accelerator: Accelerator, model: nn.Module, loader: Iterable[Any
     return correct_all / samples_all
 
 
-@contextmanager
-def joint_batchnorm(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Have each BatchNorm normalise over the images of all processes, as it would in one.
+class JointBatchNorm:
+    """Has each BatchNorm of a model normalise over the images of all processes, as it would in one.
 
     (torch's ``SyncBatchNorm`` is for GPUs only, and another class, which would have to be taken back.)
+    ``copies`` says how many processes have the same images.
     """
-    if accelerator.num_processes == 1:
-        yield
-        return
-    norms = [m for m in model.modules() if type(m) in _BATCHNORMS and "forward" not in vars(m)]
-    for norm in norms:
-        norm.forward = partial(_joint_forward, norm)
-    try:
-        yield
-    finally:
-        for norm in norms:
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator) -> None:
+        many = accelerator.num_processes > 1
+        self.norms = [m for m in model.modules() if many and _plain_batchnorm(m)]
+        self.copies = 1
+
+    def __enter__(self) -> JointBatchNorm:
+        for norm in self.norms:
+            norm.forward = partial(self._forward, norm)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for norm in self.norms:
             del norm.forward
 
+    def _forward(self, norm: Any, x: Tensor) -> Tensor:
+        if not norm.training and norm.running_mean is not None:
+            return type(norm).forward(norm, x)
+        values = at_least_float(x)
+        over, ones = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+        count = _SumOfAll.apply(values.new_tensor(values.numel() / values.shape[1]))
+        mean = _SumOfAll.apply(values.sum(over)) / count
+        centred = values - mean.reshape(ones)
+        variance = _SumOfAll.apply(centred.square().sum(over)) / count
+        if norm.training and norm.track_running_stats:
+            self._track(norm, mean.detach(), variance.detach(), float(count) / self.copies)
+        result = centred * (variance + norm.eps).rsqrt().reshape(ones)
+        if norm.affine:
+            result = result * norm.weight.reshape(ones) + norm.bias.reshape(ones)
+        return result.to(x.dtype)
 
-def _joint_forward(norm: Any, x: Tensor) -> Tensor:
-    if not norm.training and norm.running_mean is not None:
-        return type(norm).forward(norm, x)
-    values = x if x.dtype == torch.float64 else x.float()
-    over, ones = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
-    count = _SumOfAll.apply(values.new_tensor(values.numel() / values.shape[1]))
-    mean = _SumOfAll.apply(values.sum(over)) / count
-    centred = values - mean.reshape(ones)
-    variance = _SumOfAll.apply(centred.square().sum(over)) / count
-    if norm.training and norm.track_running_stats:
-        with torch.no_grad():
-            norm.num_batches_tracked += 1
-            part = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), part)
-            unbiased = variance * count / (count - 1)
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), part)
-    result = centred * (variance + norm.eps).rsqrt().reshape(ones)
-    if norm.affine:
-        result = result * norm.weight.reshape(ones) + norm.bias.reshape(ones)
-    return result.to(x.dtype)
+    def _track(self, norm: Any, mean: Tensor, variance: Tensor, count: float) -> None:
+        norm.num_batches_tracked += 1
+        part = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), part)
+        unbiased = variance * (count / (count - 1))
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), part)
+
+
+def _plain_batchnorm(module: nn.Module) -> bool:
+    return type(module) in _BATCHNORMS and "forward" not in vars(module)
 
 
 class _SumOfAll(torch.autograd.Function):

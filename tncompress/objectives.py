@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tncompress.layers import TNConv
 from tncompress.recipe import FinetuneConfig
+from tncompress.running import at_least_float
 from tncompress.slices import tensors_in
 from tncompress.spec import matches_any
 
@@ -42,13 +43,13 @@ class GlobalObjective(nn.Module):
         with _outputs_of(self.model, self.matched) as ours:
             logits = self.model(x)
         _check_labels(logits, y)
-        logits = logits.float()
+        logits = at_least_float(logits)
         right = (logits.detach().argmax(1) == y).sum()
         loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
         if teacher is None or not (config.distill or self.matched):
             return loss, right
         with torch.no_grad(), _outputs_of(teacher, self.matched) as theirs:
-            target = teacher(x).float()
+            target = at_least_float(teacher(x))
         if target.shape != logits.shape:
             raise ValueError(
                 f"the teacher puts out {tuple(target.shape)}, the model {tuple(logits.shape)}: wanted a "
@@ -131,6 +132,7 @@ def _relative_distance(ours: dict[str, list[Tensor]], theirs: dict[str, list[Ten
         )
     parts = []
     for mine, wanted in zip(ours[name], theirs[name], strict=True):
-        gap = (mine.float() - wanted.float()).flatten(1).square().sum(1)
-        parts.append((gap / wanted.float().flatten(1).square().sum(1).clamp_min(1e-12)).mean())
+        mine, wanted = at_least_float(mine), at_least_float(wanted)
+        gap = (mine - wanted).flatten(1).square().sum(1)
+        parts.append((gap / wanted.flatten(1).square().sum(1).clamp_min(1e-12)).mean())
     return torch.stack(parts).mean()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from tncompress.layers import TNConv
+from tncompress.running import at_least_float
 from tncompress.spec import matches_any
 
 Slices = Literal["layer", "block"] | Sequence[str]
@@ -132,7 +133,9 @@ def _distance(ours: Any, theirs: Any, name: str) -> Tensor:
             f"slice {name!r} puts out {[tuple(t.shape) for t in tensors_in(ours)]}, the teacher's "
             f"{[tuple(t.shape) for t in tensors_in(theirs)]}: slices need the teacher that the model is from"
         )
-    return torch.stack([F.mse_loss(mine.float(), wanted.float()) for mine, wanted in pairs]).sum()
+    return torch.stack(
+        [F.mse_loss(at_least_float(mine), at_least_float(wanted)) for mine, wanted in pairs]
+    ).sum()
 
 
 def tensors_in(output: Any) -> list[Tensor]:

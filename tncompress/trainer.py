@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tncompress.averaging import MovingAverage
 from tncompress.batches import count_batches, fingerprint, split_batch
 from tncompress.checkpoint import Checkpoint, Saved
-from tncompress.engine import accuracy_of, joint_batchnorm, share_of, summed
+from tncompress.engine import JointBatchNorm, accuracy_of, share_of, summed
 from tncompress.gauge import balance_, frobenius_gradients
 from tncompress.history import Epoch
 from tncompress.layers import TNConv
@@ -47,6 +47,7 @@ class Trainer:
         self.layers = [m for m in self.model.modules() if isinstance(m, TNConv)]
         self.average = MovingAverage(self.model, config.ema) if config.ema is not None else None
         self.parts: Any = accelerator.prepare(objective, optimizer, schedule)
+        self.norms = JointBatchNorm(self.model, accelerator)
         self.checkpoint: Checkpoint | None = None
         self.at = Position()
         self._written = time.monotonic()
@@ -63,7 +64,7 @@ class Trainer:
         begun = self.at.epoch * count + self.at.step
         show = self.watch.progress and self.accelerator.is_main_process
         with ExitStack() as stack:
-            stack.enter_context(joint_batchnorm(self.model, self.accelerator))
+            stack.enter_context(self.norms)
             advance = stack.enter_context(progress_bar(epochs * count - begun, show=show))
             if not self.at.begun:
                 self.at.begun = True
@@ -75,7 +76,8 @@ class Trainer:
         if self.average is not None:
             self.average.swap_in()
         self.model.eval()
-        self.accelerator.free_memory()
+        if self.accelerator.num_processes > 1:
+            self.accelerator.free_memory()  # of the wrapper, which answers to gradients of the model
         return self.at
 
     def _epoch(self, loader: Iterable[Any], count: int, epochs: int, advance: Callable[[str], None]) -> None:
@@ -132,6 +134,7 @@ class Trainer:
         accelerator, config, at = self.accelerator, self.config, self.at
         objective, optimizer, schedule = self.parts
         (own_x, own_y), weight = share_of(accelerator, x, y)
+        self.norms.copies = 1 if len(x) >= accelerator.num_processes else accelerator.num_processes
         first = number // config.accumulate * config.accumulate
         group = min(config.accumulate, count - first)
         accelerator.sync_gradients = number - first + 1 == group
