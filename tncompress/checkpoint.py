@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,15 @@ class Checkpoint:
                 f"the checkpoint {self.path} is of another run ({differs}): run that again, or choose "
                 "another folder; nothing was changed"
             )
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints in ``folder``, and the folder itself if it held nothing else."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (path / MARKER).is_file():
+            shutil.rmtree(path)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _checked(fields: Any) -> dict[str, Any]:

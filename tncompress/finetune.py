@@ -63,12 +63,12 @@ def finetune(
         raise ValueError("target_recovery needs a teacher and a val_loader, to know what was lost")
     where = device if device is not None else None if _launched() else device_of(small)
     with accelerated(config, where) as accelerator, kept_randomness():
+        stages = _Stages(accelerator, train_loader, config, checkpoint)
         tuned = copy_model(small).to(accelerator.device)
         teacher = copy_model(teacher).to(accelerator.device) if teacher is not None else None
         start = accuracy_of(accelerator, tuned, val_loader) if val_loader is not None else None
         both = val_loader is not None and teacher is not None
         dense = accuracy_of(accelerator, teacher, val_loader) if both else None  # type: ignore[arg-type]
-        stages = _Stages(accelerator, train_loader, config, checkpoint)
         goal = config.target_recovery
         watch = Watch("", val_loader, start, dense, goal, progress, _tracker(accelerator, log_dir))
         local, done = Position(), Position()

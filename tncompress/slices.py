@@ -32,7 +32,8 @@ def find_slices(model: nn.Module, slices: Slices = "layer") -> list[str]:
         return layers
     if slices == "block":
         return _blocks(layers)
-    names = [name for name, _ in model.named_modules() if name]
+    inside = tuple(f"{layer}." for layer in layers)
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
     for pattern in slices:
         if not any(matches_any(pattern, [name]) for name in names):
             raise ValueError(f"slices: {pattern!r} matches no module; they are {_some(names)}")
