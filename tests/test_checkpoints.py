@@ -58,6 +58,7 @@ CONFIG = {
     "local_epochs": 1,
     "ema": 0.8,
     "accumulate": 2,
+    "balance": True,
     "rebalance_every": 2,
     "checkpoint_every": 1,
     "target_recovery": 50.0,
@@ -184,6 +185,15 @@ def test_the_seeds_of_loader_and_config_both_count():
     assert same(trained(0, 0), trained(0, 0))
     assert not same(trained(0, 0), trained(1, 0))
     assert not same(trained(0, 0), trained(0, 1))
+
+
+def test_each_step_drops_other_units_out():
+    """Also where the loader draws nothing, so that every step begins in the same state."""
+    model, masks = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 2)), []
+    model[0].register_forward_hook(lambda _, args, out: masks.append(tuple((out == 0).flatten().tolist())))
+    data = [(torch.ones(1, 1, 8, 8), torch.tensor([0]))] * 3
+    train_(model, data, {"epochs": 2})
+    assert len(set(masks)) == 6
 
 
 def files(folder):
