@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import tncompress as tnc
 from tncompress.cli import app
 from tncompress.data import load_data
+from tncompress.trainer import Trainer
 
 SPEC = "version: 1\ndefault: {format: tucker, rank: {params_ratio: 0.25}}\n"
 
@@ -136,6 +137,69 @@ def test_finetune_takes_a_config_file(run, trained):
     assert history["control"] == []
 
 
+RECIPE = """
+epochs: 1
+local_epochs: 1
+slices: [conv2, "re:conv[34]"]
+optimizer: adamw
+lr_factors: 0.002
+schedule: one-cycle
+features: 0.1
+frobenius_decay: 0.0001
+balance: true
+ema: 0.99
+accumulate: 2
+"""
+
+
+@pytest.mark.slow
+def test_finetune_has_keys_for_all_and_writes_curve_and_table(run, trained):
+    (trained / "c.yaml").write_text(RECIPE)
+    line = (
+        "finetune small --data digits --config c.yaml --no-control --out t --curve c.png --csv h.csv --json"
+    )
+    history = json.loads(run(line).stdout)
+    assert len(history["local"]) == len(history["epochs"]) == 1
+    assert history["config"]["slices"] == ["conv2", "re:conv[34]"]
+    assert (trained / "c.png").stat().st_size > 1000
+    assert (trained / "h.csv").read_text().count("\n") == 3
+    assert not (trained / "t.checkpoint").exists()
+    line = "finetune small --data digits --epochs 1 --no-control --out u --curve c.png"
+    assert "c.png is there already" in run(line, code=1).stderr
+
+
+@pytest.mark.slow
+def test_finetune_goes_on_by_the_same_command(run, trained, monkeypatch):
+    """The first time, it is interrupted in its second epoch."""
+    command = "finetune small --data digits --epochs 2 --no-control --json --out"
+    whole = json.loads(run(f"{command} whole").stdout)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_end_epoch", interrupted_at(2, Trainer._end_epoch))
+        stopped = run(f"{command} t", code=130)
+    assert "nothing was saved; the same command goes on from t.checkpoint" in " ".join(stopped.stderr.split())
+    assert not (trained / "t").exists()
+    assert "is of another run" in run(f"{command} t --seed 1", code=1).stderr
+    history = json.loads(run(f"{command} t").stdout)
+    assert not (trained / "t.checkpoint").exists()
+    losses = [[epoch["loss"] for epoch in each["epochs"]] for each in (whole, history)]
+    assert losses[0] == losses[1]
+    one, other = (tnc.load(trained / name).state_dict() for name in ("whole", "t"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def interrupted_at(number, ended):
+    count = 0
+
+    def end(self, *args):
+        nonlocal count
+        count += 1
+        if count == number:
+            raise KeyboardInterrupt
+        ended(self, *args)
+
+    return end
+
+
 def test_train_writes_weights(run, tmp_path):
     found = json.loads(
         run("train --model zoo:cnn4 --data digits --epochs 1 --out w.safetensors --json").stdout
@@ -209,6 +273,26 @@ MISUSE = {
         "finetune small --data digits --config bad_config.yaml --out t",
         "unknown key 'epoch'; the keys there are epochs",
     ),
+    "config values": (
+        "finetune small --data digits --config bad_value.yaml --out t",
+        "schedule: input should be 'cosine' or 'one-cycle', got 'step'",
+    ),
+    "slices": (
+        "finetune small --data digits --config bad_slices.yaml --out t",
+        "slices: 'conv9' matches no module",
+    ),
+    "checkpoint": (
+        "finetune small --data digits --checkpoint spec.yaml --out t",
+        "spec.yaml is a file: choose another checkpoint folder",
+    ),
+    "foreign checkpoint": (
+        "finetune small --data digits --checkpoint others --out t",
+        "holds no checkpoint (no checkpoint.json): choose another folder",
+    ),
+    "no tensorboard": (
+        "finetune small --data digits --log-dir logs --out t",
+        "--log-dir needs tensorboard, which is not there: pip install tensorboard",
+    ),
     "report suffix": ("report small --out r.html", ".md or .json, got r.html"),
     "train suffix": ("train --model zoo:cnn4 --data digits --out w.pt", ".safetensors, got w.pt"),
     "demo ratio": ("demo --epochs 1 --ratio 2", "params_ratio is a number above 0 and at most 1"),
@@ -225,6 +309,8 @@ def test_misuse_gets_one_line_and_changes_nothing(run, trained, kind):
         "pattern.yaml": "rules: [{pattern: 'layer9.*'}]",
         "broken.yaml": "default: {format: [",
         "bad_config.yaml": "epoch: 3",
+        "bad_value.yaml": "schedule: step",
+        "bad_slices.yaml": "{local_epochs: 1, slices: [conv9]}",
     }
     for name, text in bad.items():
         (trained / name).write_text(text)
@@ -235,6 +321,8 @@ def test_misuse_gets_one_line_and_changes_nothing(run, trained, kind):
     tnc.save_weights(model, trained / "nan.safetensors")
     (trained / "foreign").mkdir()
     (trained / "foreign" / "thesis.tex").write_text("mine")
+    (trained / "others" / "tuned").mkdir(parents=True)
+    (trained / "others" / "tuned" / "thesis.tex").write_text("mine")
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
     line, words = MISUSE[kind]
     result = run(line, code=1)

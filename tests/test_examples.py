@@ -1,7 +1,13 @@
 """The scripts under examples/ on a small setting."""
 
+import json
+
+import finetune_recovery
 import geometry_grid
 import pytest
+import torch
+
+import tncompress as tnc
 
 
 @pytest.mark.parametrize("case", geometry_grid.cases(), ids=lambda case: case.name)
@@ -28,3 +34,41 @@ def test_the_grid_tells_what_is_wrong():
     assert "of the kernel 0.1" in geometry_grid.verdict(off, case)[1]
     assert geometry_grid.verdict(lambda layer: 1 / 0, case)[0] == "raises"
     assert geometry_grid.verdict(dense, case) == ("dense", "as it is")
+
+
+@pytest.mark.slow
+def test_recovery_is_measured_once_and_beside_its_controls(tmp_path, capsys):
+    torch.manual_seed(0)
+    tnc.save_weights(tnc.build_model("zoo:cnn4"), tmp_path / "cnn4-0.safetensors")
+    places = ["--weights", str(tmp_path), "--results", str(tmp_path / "rows.jsonl"), "--data", "digits"]
+    few = [
+        "--seeds",
+        "0",
+        "--times",
+        "8",
+        "--epochs",
+        "1",
+        "--images",
+        "64",
+        "--formats",
+        "mps",
+        "--no-peers",
+    ]
+    finetune_recovery.main(["measure", *places, *few, "--recipes", "global", "local"])
+    text = (tmp_path / "rows.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    told = [(row["format"], row.get("recipe"), row.get("of"), row["epoch"]) for row in rows]
+    assert told[:2] == [("dense", None, None, 0), ("dense control", None, 1, 1)]
+    ours = [
+        ("truncated", None, 0),
+        ("repaired", None, 0),
+        *((n, 1, 1) for n in ("global", "local", "scratch")),
+    ]
+    assert told[2:] == [("mps", *row) for row in ours]
+    assert all(0.05 < row["params"] < 0.14 for row in rows if row.get("of") and row.get("times"))
+    finetune_recovery.main(["measure", *places, *few, "--recipes", "global", "local"])
+    assert (tmp_path / "rows.jsonl").read_text() == text
+    assert not list(tmp_path.glob("*.checkpoint"))
+    capsys.readouterr()
+    finetune_recovery.main(["page", *places])
+    assert "| cnn4 | 8x | mps | scratch | 1 | 1 |" in capsys.readouterr().out

@@ -142,12 +142,17 @@ def test_distillation_follows_the_teacher(data, trained):
 
 def test_weight_decay_leaves_factors_biases_and_norms_alone(trained):
     _, small = trained
-    decayed, free = (group["params"] for group in parameter_groups(small, 0.1))
-    assert {id(p) for p in decayed} == {id(small[0].weight), id(small[10].weight)}
-    assert len(decayed) + len(free) == len(list(small.parameters()))
+    config = FinetuneConfig(weight_decay=0.1, lr_factors=0.5)
+    groups = parameter_groups(small, config)
+    dense, factors, others = (group["params"] for group in groups)
+    assert {id(p) for p in dense} == {id(small[0].weight), id(small[10].weight)}
+    assert {id(p) for p in factors} == {id(f) for m in (small[3], small[6]) for f in m.factors}
+    assert len(dense) + len(factors) + len(others) == len(list(small.parameters()))
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
+    assert [group["lr"] for group in groups] == [config.lr, 0.5, config.lr]
     small_frozen = copy.deepcopy(small)
     small_frozen[0].weight.requires_grad_(False)
-    assert len(parameter_groups(small_frozen, 0.1)[0]["params"]) == 1
+    assert len(parameter_groups(small_frozen, config)[0]["params"]) == 1
 
 
 def test_bf16_trains_too(data, trained):
@@ -171,7 +176,8 @@ def test_a_loss_that_is_not_finite_stops(data, trained):
     ("config", "words"),
     [
         ({"epoch": 3}, "unknown key 'epoch'; the keys there are epochs, lr"),
-        ({"epochs": 0}, "epochs: input should be greater than or equal to 1, got 0"),
+        ({"epochs": 0}, "wanted at least 1 of epochs and local_epochs, got 0, 0"),
+        ({"epochs": -1}, "epochs: input should be greater than or equal to 0, got -1"),
         ({"lr": -1}, "lr: input should be greater than 0"),
         ({"mixed_precision": "int8"}, "mixed_precision"),
     ],

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +14,7 @@ import typer
 
 import tncompress as tnc
 from tncompress import cli_options as cli
+from tncompress.checkpoint import remove_checkpoints
 from tncompress.export import MANIFEST
 from tncompress.finetune import FinetuneConfig, train_
 from tncompress.measure import evaluate as measure_accuracy
@@ -17,15 +22,23 @@ from tncompress.spec import read_settings
 from tncompress.storage import check_writable, new_file
 from tncompress.weights import save_weights
 
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="Training settings: .yaml, .toml, .json.")
+]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint", help="A folder to go on from if killed; default: OUT.checkpoint, removed after."
+    ),
+]
+
 
 @cli.guarded
 def train(
     model: cli.ModelOption,
     data: cli.DataOption,
     out: Annotated[Path, typer.Option("--out", help="The weights file, .safetensors.", show_default=False)],
-    config: Annotated[
-        Path | None, typer.Option("--config", help="Training settings: .yaml, .toml, .json.")
-    ] = None,
+    config: ConfigOption = None,
     epochs: Annotated[int | None, typer.Option("--epochs", min=1)] = None,
     data_dir: cli.DataDirOption = None,
     device: cli.DeviceOption = "auto",
@@ -58,11 +71,17 @@ def finetune(
     folder: cli.FolderArgument,
     data: cli.DataOption,
     out: cli.OutOption,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="Training settings: .yaml, .toml, .json.")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1)] = None,
+    config: ConfigOption = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=0)] = None,
     control: Annotated[bool, typer.Option(help="Train the dense model as long, for comparison.")] = True,
+    checkpoint: CheckpointOption = None,
+    curve: Annotated[
+        Path | None, typer.Option("--curve", help="A file for the recovery curve: .png, .svg, .pdf.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--csv", help="A file for the history, a row an epoch.")
+    ] = None,
+    log_dir: Annotated[Path | None, typer.Option("--log-dir", help="A folder for TensorBoard.")] = None,
     model: cli.ModelForFolder = None,
     weights: cli.DenseOption = None,
     data_dir: cli.DataDirOption = None,
@@ -74,24 +93,69 @@ def finetune(
 ) -> None:
     """Fine-tune a compressed model, with the dense one as its teacher and its control.
 
+    A run that was killed goes on where it was when the same command is given again. On several GPUs, or
+    processes: `accelerate launch -m tncompress finetune ...` or `torchrun --nproc-per-node 2 -m ...`.
+
     Example: `tncompress finetune small --data digits --epochs 3 --out tuned`
     """
     check_writable(out, marker=MANIFEST, overwrite=overwrite)
     settings = _training({}, config, epochs, seed)
-    where, images = cli.pick_device(device), cli.load_data(data, data_dir=data_dir)
-    small, dense, origin = cli.open_folder(folder, model, weights, where)
-    history = tnc.finetune(
-        small,
-        images.train_loader(seed=seed),
-        settings,
-        teacher=dense,
-        val_loader=images.test_loader(),
-        control=control,
-        progress=not as_json,
-    )
-    tnc.save(history.model.cpu(), out, **origin, history=history.to_dict(), overwrite=overwrite)
+    _need("matplotlib", curve, "--curve")
+    _need("tensorboard", log_dir, "--log-dir")
+    place = checkpoint or out.with_name(f"{out.name}.checkpoint")
+    with ExitStack() as stack:
+        stack.enter_context(_kept(place))
+        files = {
+            path: stack.enter_context(new_file(path, overwrite=overwrite))
+            for path in (curve, table)
+            if path is not None and _first_process()
+        }
+        where, images = cli.pick_device(device), cli.load_data(data, data_dir=data_dir)
+        small, dense, origin = cli.open_folder(folder, model, weights, where)
+        history = tnc.finetune(
+            small,
+            images.train_loader(seed=seed),
+            settings,
+            teacher=dense,
+            val_loader=images.test_loader(),
+            control=control,
+            device=where if device != "auto" else None,
+            progress=not as_json,
+            checkpoint=place,
+            log_dir=log_dir,
+        )
+        if not _first_process():
+            return
+        if curve in files:
+            history.plot().savefig(files[curve])
+        if table in files:
+            history.save(files[table], overwrite=True)
+        tnc.save(history.model.cpu(), out, **origin, history=history.to_dict(), overwrite=overwrite)
+    if checkpoint is None:
+        remove_checkpoints(place)
     cli.show(history, as_json=as_json)
     cli.say(f"saved in {out}")
+
+
+def _first_process() -> bool:
+    """Say whether this process is the one that writes, of those started together."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _need(library: str, wanted: Path | None, option: str) -> None:
+    if wanted is not None and importlib.util.find_spec(library) is None:
+        raise ValueError(f"{option} needs {library}, which is not there: pip install {library}")
+
+
+@contextmanager
+def _kept(place: Path) -> Iterator[None]:
+    """Say of an interrupted run where it goes on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"; the same command goes on from {place}" if place.is_dir() else ""
+        cli.say(f"interrupted, nothing was saved{kept}")
+        raise typer.Exit(130) from None
 
 
 @cli.guarded
@@ -118,4 +182,6 @@ def _training(defaults: dict[str, Any], config: Path | None, epochs: int | None,
     given = read_settings(config, "config") if config is not None else {}
     if not isinstance(given, dict):
         raise ValueError(f"config {config} holds no settings: wanted keys such as epochs and lr")
-    return FinetuneConfig.parse({**defaults, "seed": seed, **given, **({"epochs": epochs} if epochs else {})})
+    return FinetuneConfig.parse(
+        {**defaults, "seed": seed, **given, **({} if epochs is None else {"epochs": epochs})}
+    )

@@ -218,6 +218,10 @@ class _Shuffled(Sampler[int]):
     def __len__(self) -> int:
         return self.count
 
+    def set_epoch(self, epoch: int) -> None:
+        """Have the next ``iter`` be epoch number ``epoch``, counted from 0."""
+        self.epoch = epoch - 1
+
     def __iter__(self) -> Iterator[int]:
         self.epoch += 1
         order = torch.randperm(self.count, generator=_generator(self.seed, 0, self.epoch))

@@ -2,142 +2,33 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from tncompress.layers import TNConv
-from tncompress.measure import device_of, evaluate, recovery
+from tncompress.batches import count_batches
+from tncompress.checkpoint import Checkpoint, digest_of_model
+from tncompress.engine import accelerated, accuracy_of
+from tncompress.history import Epoch, History
+from tncompress.measure import device_of
+from tncompress.objectives import GlobalObjective
+from tncompress.randomness import kept_randomness
+from tncompress.recipe import KEEPING, FinetuneConfig, make_optimizer, make_schedule, parameter_groups
 from tncompress.running import copy_model, kept_modes
-from tncompress.spec import explain
-from tncompress.tables import percent, progress_bar, render
+from tncompress.slices import SliceDistillation, find_slices
+from tncompress.trainer import Trainer
+from tncompress.watching import Position, Watch
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from accelerate import Accelerator
 
-
-class FinetuneConfig(BaseModel):
-    """How to train: SGD with Nesterov momentum, a linear warm-up, then a cosine to zero.
-
-    The loss is cross-entropy, plus ``distill`` times the KL divergence to the teacher's softened outputs
-    (Hinton et al. 2015) where there is a teacher. Weight decay leaves factors, biases and BatchNorm alone:
-    on factors it would penalise a gauge, not the kernel. ``mixed_precision`` ``auto`` is bf16 on CUDA
-    devices that have it, and off elsewhere.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epochs: int = Field(3, ge=1)
-    lr: float = Field(0.02, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    distill: float = Field(1.0, ge=0)
-    temperature: float = Field(2.0, gt=0)
-    clip_norm: float | None = Field(5.0, gt=0)
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    seed: int = 0
-
-    @classmethod
-    def parse(cls, value: FinetuneConfig | Mapping[str, Any] | None) -> FinetuneConfig:
-        """Return the config that ``value`` is or describes; None is the default."""
-        if isinstance(value, FinetuneConfig):
-            return value
-        try:
-            return cls.model_validate(dict(value or {}))
-        except ValidationError as error:
-            raise ValueError(f"config: {explain(error, cls)}") from None
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch: mean training loss, accuracy after it (None without a validation loader), wall time."""
-
-    loss: float
-    accuracy: float | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class History:
-    """What fine-tuning did. ``model`` is the tuned copy, ``control`` the dense model trained as long.
-
-    Extra epochs help a dense model too: a recovery means something beside the control only.
-    """
-
-    model: nn.Module
-    epochs: tuple[Epoch, ...]
-    config: FinetuneConfig
-    accuracy_start: float | None = None
-    accuracy_dense: float | None = None
-    control: tuple[Epoch, ...] = field(default=())
-
-    @property
-    def accuracy(self) -> float | None:
-        """The accuracy after the last epoch."""
-        return self.epochs[-1].accuracy
-
-    @property
-    def accuracy_control(self) -> float | None:
-        """The accuracy of the dense control after as many epochs."""
-        return self.control[-1].accuracy if self.control else None
-
-    @property
-    def recovery(self) -> float | None:
-        """(accuracy - start) / (dense - start): the part of the lost accuracy that is back."""
-        return self._recovery(self.accuracy_dense)
-
-    @property
-    def recovery_of_control(self) -> float | None:
-        """The same against the control in place of the dense model."""
-        return self._recovery(self.accuracy_control)
-
-    def _recovery(self, reference: float | None) -> float | None:
-        if self.accuracy is None or self.accuracy_start is None or reference is None:
-            return None
-        return recovery(self.accuracy, self.accuracy_start, reference)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the model as plain values."""
-        return {
-            "config": self.config.model_dump(),
-            "accuracy_dense": self.accuracy_dense,
-            "accuracy_start": self.accuracy_start,
-            "accuracy": self.accuracy,
-            "accuracy_control": self.accuracy_control,
-            "recovery": self.recovery,
-            "recovery_of_control": self.recovery_of_control,
-            "epochs": [asdict(epoch) for epoch in self.epochs],
-            "control": [asdict(epoch) for epoch in self.control],
-        }
-
-    def __str__(self) -> str:
-        return render(self)
-
-    def __rich__(self) -> Table:
-        from rich.table import Table
-
-        title = f"accuracy {percent(self.accuracy_start)} → {percent(self.accuracy)}"
-        dense = f"dense: {percent(self.accuracy_dense)}"
-        if self.recovery is not None:
-            dense += f", {percent(self.recovery, 0)} of the loss is back"
-        table = Table(title=title, title_justify="left", caption=dense, caption_justify="left")
-        for column in ("epoch", "loss", "accuracy", "seconds", "dense control"):
-            table.add_column(column, justify="right")
-        for i, epoch in enumerate(self.epochs):
-            control = percent(self.control[i].accuracy) if i < len(self.control) else ""
-            cells = f"{epoch.loss:.4f}", percent(epoch.accuracy), f"{epoch.seconds:.1f}", control
-            table.add_row(str(i + 1), *cells)
-        return table
+__all__ = ["Epoch", "FinetuneConfig", "History", "finetune", "parameter_groups", "train_"]
 
 
 def finetune(
@@ -150,30 +41,47 @@ def finetune(
     control: bool | tuple[Epoch, ...] = True,
     device: torch.device | str | None = None,
     progress: bool = False,
+    checkpoint: str | Path | None = None,
+    log_dir: str | Path | None = None,
 ) -> History:
     """Return the history of training a copy of ``small``; its ``model`` is the tuned copy, on the CPU or GPU.
 
-    ``teacher``, the dense model, adds distillation, and with ``control`` a copy of it is trained in the same
-    way for as many epochs without one (or the epochs of an earlier control are taken over). ``val_loader``
-    gives accuracies and the recovery. The loaders yield ``(inputs, labels)``. ``device`` defaults to the
-    model's own; ``small``, ``teacher`` and the global random state are not changed.
+    ``teacher``, the dense model, adds distillation, and with ``control`` a copy of it is trained in the
+    same way for as many epochs without one (or the epochs of an earlier control are taken over).
+    ``val_loader`` gives accuracies and the recovery. The loaders yield ``(inputs, labels)``; local epochs
+    need no labels. ``device`` defaults to the model's own; ``small``, ``teacher`` and the global random
+    state are not changed.
+
+    With a folder ``checkpoint``, a run that was killed goes on where it was when the same call is made
+    again, and ends with the same weights; after its end, the call returns what it returned. A folder of
+    another run is refused. ``log_dir`` is where TensorBoard's files go. Started by ``torchrun`` or
+    ``accelerate launch``, the processes share each batch, and all return the same.
     """
     config = FinetuneConfig.parse(config)
-    device = torch.device(device) if device is not None else device_of(small)
-    tuned = copy_model(small).to(device)
-    teacher = copy_model(teacher).to(device) if teacher is not None else None
-    with torch.random.fork_rng():  # a DataLoader draws from the global generator at each pass
-        start = evaluate(tuned, val_loader).accuracy if val_loader is not None else None
+    count_batches(train_loader)
+    if config.target_recovery is not None and (teacher is None or val_loader is None):
+        raise ValueError("target_recovery needs a teacher and a val_loader, to know what was lost")
+    where = device if device is not None else None if _launched() else device_of(small)
+    with accelerated(config, where) as accelerator, kept_randomness():
+        stages = _Stages(accelerator, train_loader, config, checkpoint)
+        tuned = copy_model(small).to(accelerator.device)
+        teacher = copy_model(teacher).to(accelerator.device) if teacher is not None else None
+        start = accuracy_of(accelerator, tuned, val_loader) if val_loader is not None else None
         both = val_loader is not None and teacher is not None
-        dense = evaluate(teacher, val_loader).accuracy if both else None  # type: ignore[arg-type]
-    epochs = train_(tuned, train_loader, config, teacher=teacher, val_loader=val_loader, progress=progress)
-    controls = control if isinstance(control, tuple) else ()
-    if control is True and teacher is not None:
-        label = "dense control"
-        controls = train_(
-            teacher, train_loader, config, val_loader=val_loader, progress=progress, label=label
-        )
-    return History(tuned, epochs, config, start, dense, controls)
+        dense = accuracy_of(accelerator, teacher, val_loader) if both else None  # type: ignore[arg-type]
+        goal = config.target_recovery
+        watch = Watch("", val_loader, start, dense, goal, progress, _tracker(accelerator, log_dir))
+        local, done = Position(), Position()
+        if config.local_epochs:
+            local = stages.local(tuned, teacher, replace(watch, label="slices"))
+        if config.epochs and not local.reached:
+            done = stages.whole(tuned, teacher, "tuned", replace(watch, label="tuning"))
+        beside = control if isinstance(control, tuple) else ()
+        if control is True and teacher is not None and done.epochs:
+            watch = replace(watch, label="dense control", start=None, dense=None, target=None)
+            beside = tuple(stages.whole(teacher, None, "control", watch, len(done.epochs)).epochs)
+        reached = done.reached or local.reached
+    return History(tuned, tuple(done.epochs), config, start, dense, beside, tuple(local.epochs), reached)
 
 
 def train_(
@@ -185,124 +93,130 @@ def train_(
     val_loader: Iterable[Any] | None = None,
     progress: bool = False,
     label: str = "training",
+    checkpoint: str | Path | None = None,
 ) -> tuple[Epoch, ...]:
     """Train ``model`` in place, dense or compressed, and return its epochs; it ends in eval mode.
 
     Dropout follows ``config.seed``, and the global random state is left as it was. A loss that is not
-    finite stops with a ``FloatingPointError``.
+    finite stops with a ``FloatingPointError``. ``checkpoint`` is as in :func:`finetune`.
     """
     config = FinetuneConfig.parse(config)
-    steps = _batches(train_loader) * config.epochs
-    epochs = []
+    if config.local_epochs or not config.epochs:
+        raise ValueError("train_ trains the whole model: local_epochs are for finetune")
+    if config.target_recovery is not None:
+        raise ValueError("train_ knows of no truncation to recover from: target_recovery is for finetune")
+    count_batches(train_loader)
     frozen = kept_modes(teacher) if teacher is not None else nullcontext()
-    with frozen, torch.random.fork_rng(), progress_bar(steps, show=progress) as advance:
-        trainer = _Trainer(model, teacher, config, steps)
-        torch.manual_seed(config.seed)
-        for number in range(1, config.epochs + 1):
-            model.train()
-            started, total, seen = time.perf_counter(), 0.0, 0
-            for x, y in train_loader:
-                loss = trainer.step(x, y)
-                if not math.isfinite(loss):
-                    hint = f"try a learning rate below {config.lr}"
-                    raise FloatingPointError(f"{label}: the loss became {loss} in epoch {number}: {hint}")
-                total, seen = total + loss * len(y), seen + len(y)
-                advance(f"{label} {number}/{config.epochs}, loss {total / seen:.3f}")
-            accuracy = evaluate(model, val_loader).accuracy if val_loader is not None else None
-            epochs.append(Epoch(total / seen, accuracy, time.perf_counter() - started))
-    model.eval()
-    return tuple(epochs)
+    with frozen, accelerated(config, device_of(model)) as accelerator, kept_randomness():
+        stages = _Stages(accelerator, train_loader, config, checkpoint)
+        watch = Watch(label, val_loader, progress=progress)
+        return tuple(stages.whole(model, teacher, "trained", watch).epochs)
 
 
-class _Trainer:
-    """A model with its optimizer, schedule and precision; :meth:`step` learns from one batch."""
+class _Stages:
+    """The parts of a run, one after the other, each with checkpoints in a folder of its own."""
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module | None, config: FinetuneConfig, steps: int
+        self,
+        accelerator: Accelerator,
+        loader: Iterable[Any],
+        config: FinetuneConfig,
+        checkpoint: str | Path | None,
     ) -> None:
-        self.model, self.config, self.device = model, config, device_of(model)
-        self.teacher = teacher.eval() if teacher is not None else None
-        self.optimizer = torch.optim.SGD(
-            parameter_groups(model, config.weight_decay),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
+        self.accelerator, self.loader, self.config = accelerator, loader, config
+        self.folder = Path(checkpoint).expanduser() if checkpoint is not None else None
+        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
+            raise FileExistsError(f"{self.folder} is a file: choose another checkpoint folder")
+        self.count = count_batches(loader)
+
+    def local(self, model: nn.Module, teacher: nn.Module | None, watch: Watch) -> Position:
+        """Distil slice by slice: Adam at a constant rate, factors and their biases only."""
+        config = self.config
+        if teacher is None:
+            raise ValueError("local_epochs need a teacher, whose slices are reproduced")
+        objective = SliceDistillation(model, teacher, find_slices(model, config.slices))
+        trained = objective.trained()
+        if not trained:
+            raise ValueError("no factor in the slices requires a gradient: nothing can be trained")
+        kept = config.model_copy(
+            update={"lr": config.local_lr, "clip_norm": None, "frobenius_decay": 0.0, "ema": None}
+            | {"rebalance_every": None}
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, _warmup_cosine(steps, config.warmup)
-        )
-        self.autocast, self.scaler = _precision(self.device, config)
+        frozen = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in trained)]
+        optimizer = torch.optim.Adam(trained, lr=config.local_lr)
+        with _no_gradients(frozen):
+            trainer = Trainer(
+                self.accelerator, objective, optimizer, LambdaLR(optimizer, lambda _: 1.0), kept, watch
+            )
+            return trainer.run(self.loader, config.local_epochs, self._checkpoint("local", model, teacher))
 
-    def step(self, x: Tensor, y: Tensor) -> float:
-        x, y = x.to(self.device), y.to(self.device)
-        with self.autocast:
-            loss = self.loss(x, y)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        if self.config.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.schedule.step()
-        return loss.item()
+    def whole(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        name: str,
+        watch: Watch,
+        epochs: int | None = None,
+    ) -> Position:
+        """Train the whole model for the epochs of the config, or the first so many of them."""
+        config = self.config
+        checkpoint = self._checkpoint(name, model, teacher)
+        optimizer = make_optimizer(model, config)
+        steps = -(-self.count // config.accumulate) * config.epochs
+        schedule = make_schedule(optimizer, config, steps)
+        objective = GlobalObjective(model, teacher, config)
+        trainer = Trainer(self.accelerator, objective, optimizer, schedule, config, watch)
+        return trainer.run(self.loader, epochs or config.epochs, checkpoint)
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        logits = self.model(x).float()
-        loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
-        if self.teacher is None or not self.config.distill:
-            return loss
-        with torch.no_grad():
-            target = self.teacher(x).float()
-        t = self.config.temperature
-        soft = F.kl_div(
-            F.log_softmax(logits / t, 1), F.log_softmax(target / t, 1), reduction="batchmean", log_target=True
-        )
-        return loss + self.config.distill * t * t * soft
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters in two groups: those that decay (dense weights), and the others."""
-    factors = {id(f) for m in model.modules() if isinstance(m, TNConv) for f in m.factors}
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim > 1 and id(parameter) not in factors
-            (decayed if plain else free).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    def _checkpoint(self, name: str, model: nn.Module, teacher: nn.Module | None) -> Checkpoint | None:
+        if self.folder is None:
+            return None
+        run = {
+            "model": digest_of_model(model),
+            "teacher": digest_of_model(teacher),
+            "config": self.config.model_dump(mode="json", exclude=set(KEEPING)),
+            "data": {"batches": self.count},
+        }
+        return Checkpoint(self.folder / name, run)
 
 
-def _warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
-    """Return the factor on the learning rate at each step: linear up to 1, then a cosine down to 0."""
-    rising = max(1, round(warmup * steps))
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising))))
-
-    return factor
-
-
-def _precision(
-    device: torch.device, config: FinetuneConfig
-) -> tuple[AbstractContextManager[Any], torch.amp.GradScaler]:
-    chosen = config.mixed_precision
-    if chosen == "auto":
-        chosen = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(chosen)
-    scaler = torch.amp.GradScaler(device.type, enabled=chosen == "fp16")
-    return (torch.autocast(device.type, dtype) if dtype else nullcontext()), scaler
-
-
-def _batches(loader: Iterable[Any]) -> int:
+@contextmanager
+def _no_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
     try:
-        count = len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(
-            f"wanted a loader with a length, such as a DataLoader, got {type(loader).__name__}"
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _launched() -> bool:
+    """Say whether this is one of several processes that were started to train together."""
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def _tracker(
+    accelerator: Accelerator, log_dir: str | Path | None
+) -> Callable[[str, dict[str, float], int], None] | None:
+    """Return a function that writes the numbers of a stage at a step for TensorBoard."""
+    if log_dir is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError(
+            "log_dir is for TensorBoard, which is not there: pip install 'tncompress[tensorboard]'"
         ) from None
-    if count == 0:
-        raise ValueError("wanted labelled batches to train on, got an empty loader")
-    return count
+    folder = Path(log_dir).expanduser()
+
+    def log(stage: str, values: dict[str, float], step: int) -> None:
+        if accelerator.is_main_process:
+            with SummaryWriter(str(folder)) as writer:  # a file for each: none is open where a run is killed
+                for name, value in values.items():
+                    writer.add_scalar(f"{stage}/{name}", value, step)
+
+    return log

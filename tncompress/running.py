@@ -36,6 +36,11 @@ def input_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else kwargs["input"]
 
 
+def at_least_float(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in float32 where it is of half precision, in which sums lose too much."""
+    return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
+
+
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
     """Return ``model`` called on a tensor, a tuple of arguments or a mapping of keyword arguments."""
     if isinstance(example_inputs, Mapping):
