@@ -11,16 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from tncompress.outputs import bytes_of
 from tncompress.storage import check_writable, new_directory, restore
 from tncompress.textfiles import one_line, read_value
 
@@ -120,20 +118,3 @@ def _checked(fields: Any) -> dict[str, Any]:
 def _checksum(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def digest_of_model(model: nn.Module | None) -> str | None:
-    """Return a fingerprint of the names and values of all parameters and buffers."""
-    return digest_of_tensors(model.state_dict().items()) if model is not None else None
-
-
-def digest_of_tensors(items: Iterable[tuple[str, Any]]) -> str:
-    """Return a fingerprint of named tensors; what is no tensor counts by its printed form."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, value in items:
-        if isinstance(value, Tensor):
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(bytes_of(value))
-        else:
-            found.update(f"{name} {value!r}".encode())
-    return found.hexdigest()

@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tncompress.batches import count_batches
-from tncompress.checkpoint import Checkpoint, digest_of_model
+from tncompress.checkpoint import Checkpoint
+from tncompress.discovery import digest_of_model
 from tncompress.engine import accelerated, accuracy_of
 from tncompress.history import Epoch, History
 from tncompress.measure import device_of
@@ -173,7 +174,7 @@ class _Stages:
             return None
         run = {
             "model": digest_of_model(model),
-            "teacher": digest_of_model(teacher),
+            "teacher": digest_of_model(teacher) if teacher is not None else None,
             "config": self.config.model_dump(mode="json", exclude=set(KEEPING)),
             "data": {"batches": self.count},
         }
