@@ -18,6 +18,18 @@ from tncompress.finetune import train_
 STATES = PartialState, AcceleratorState, GradientState
 
 
+@pytest.fixture(autouse=True)
+def no_state():
+    """Accelerate as a process finds it that has not used it, whatever tests ran before."""
+    before = [dict(kind._shared_state) for kind in STATES]
+    for kind in STATES:
+        kind._shared_state.clear()
+    yield
+    for kind, state in zip(STATES, before, strict=True):
+        kind._shared_state.clear()
+        kind._shared_state.update(state)
+
+
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -111,21 +123,15 @@ def of_a_process(folder: Path):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_users_accelerator_is_left_alone(precision):
-    before = [dict(kind._shared_state) for kind in STATES]
-    try:
-        own = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=3)
-        kept = [dict(kind._shared_state) for kind in STATES]
-        for ours in ("bf16", "no"):
-            config = {"epochs": 1, "mixed_precision": ours, "accumulate": 2}
-            tnc.finetune(compressed(), batches(4, 4), config, teacher=net())
-            assert [dict(kind._shared_state) for kind in STATES] == kept
-        assert own.mixed_precision == precision
-        assert own.gradient_accumulation_steps == 3
-        assert Accelerator(cpu=True).mixed_precision == precision
-    finally:
-        for kind, state in zip(STATES, before, strict=True):
-            kind._shared_state.clear()
-            kind._shared_state.update(state)
+    own = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=3)
+    kept = [dict(kind._shared_state) for kind in STATES]
+    for ours in ("bf16", "no"):
+        config = {"epochs": 1, "mixed_precision": ours, "accumulate": 2}
+        tnc.finetune(compressed(), batches(4, 4), config, teacher=net())
+        assert [dict(kind._shared_state) for kind in STATES] == kept
+    assert own.mixed_precision == precision
+    assert own.gradient_accumulation_steps == 3
+    assert Accelerator(cpu=True).mixed_precision == precision
 
 
 def test_state_is_put_back_after_an_error_too():

@@ -98,7 +98,7 @@ def freeze(
 
     >>> import tncompress as tnc
     >>> model = tnc.build_model("zoo:cnn4").eval()
-    >>> x = torch.randn(2, 3, 32, 32)
+    >>> x = torch.randn(2, 1, 32, 32)
     >>> frozen = tnc.freeze(model, x, seconds=0.01)
     >>> torch.allclose(frozen(x), model(x), rtol=1e-4, atol=1e-5)
     True
