@@ -8,7 +8,19 @@ from pathlib import Path
 
 import science_figures
 import science_words
-from science_rows import Row, by, collect, curves, drift_shares, networks, of, read, spread, tolerated
+from science_rows import (
+    Row,
+    by,
+    collect,
+    curves,
+    drift_shares,
+    lost_at,
+    networks,
+    of,
+    read,
+    spread,
+    tolerated,
+)
 
 from tncompress.tables import markdown_table
 
@@ -39,7 +51,7 @@ def page(rows: Sequence[Row]) -> str:
             depth_table(rows, network, data),
         ]
     parts += [
-        science_words.verdict_on_depth(rows),
+        science_words.trend_table(rows),
         science_words.DRIFT,
         drift_table(rows),
         science_words.AGAIN,
@@ -75,14 +87,23 @@ def setup(rows: Sequence[Row]) -> str:
 
 
 def tolerance_table(rows: Sequence[Row], network: str, data: str) -> str:
-    """Return the tolerated norm loss by layer, before and after re-estimation: median over cuts and seeds."""
-    columns = [_tolerances(rows, network, data, when) for when in ("before", "after")]
-    header = (f"{network}, {data}: layer", "depth", "tolerated norm loss", "with BatchNorm re-estimated")
+    """Return the tolerated norm loss by layer, and points lost at one part of the rank, before and after."""
+    moments = ("before", "after")
+    tolerances = [_tolerances(rows, network, data, when) for when in moments]
+    part, _ = lost_at(rows, network, data, "before")
+    lost = [lost_at(rows, network, data, when)[1] for when in moments]
+    header = (f"{network}, {data}: layer", "depth", "tolerated norm loss", "BatchNorm re-estimated")
+    header += (f"points lost at {part:g} of the full rank", "BatchNorm re-estimated")
     table = []
-    for depth, layer in columns[0]:
-        cells = [_tolerance(column.get((depth, layer), [])) for column in columns]
+    for depth, layer in tolerances[0]:
+        cells = [_tolerance(column.get((depth, layer), [])) for column in tolerances]
+        cells += [_points(column.get((depth, layer), [])) for column in lost]
         table.append((layer, str(depth), *cells))
     return markdown_table(header, table)
+
+
+def _points(found: Sequence[float]) -> str:
+    return f"{statistics.median(found):.1f} ({min(found):.1f} to {max(found):.1f})" if found else "–"
 
 
 def _tolerances(rows: Sequence[Row], network: str, data: str, when: str) -> dict[tuple, list]:
@@ -94,13 +115,12 @@ def _tolerances(rows: Sequence[Row], network: str, data: str, when: str) -> dict
 
 
 def _tolerance(found: Sequence[tuple[float, bool]]) -> str:
+    """Return median, smallest and largest; above what was measured where a point was not lost there."""
     if not found:
         return "–"
-    middle = statistics.median(loss for loss, _ in found)
-    low, high = min(loss for loss, _ in found), max(loss for loss, _ in found)
-    kept = sum(not reached for _, reached in found)
-    more = f", {kept} of {len(found)} never lost a point" if kept else ""
-    return f"{middle:.2f} ({low:.2f} to {high:.2f}{more})"
+    ordered = sorted(found, key=lambda entry: (not entry[1], entry[0]))  # what was not reached is larger
+    shown = [f"{'' if reached else '> '}{loss:.2f}" for loss, reached in ordered]
+    return f"{shown[len(shown) // 2]} ({shown[0]} to {shown[-1]})"
 
 
 def depth_table(rows: Sequence[Row], network: str, data: str) -> str:

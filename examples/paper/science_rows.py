@@ -134,6 +134,20 @@ def tolerated(points: Sequence[tuple[float, float]]) -> tuple[float, bool]:
     return points[-1][0], False
 
 
+def lost_at(
+    rows: Sequence[Row], network: str, data: str, when: str, wanted: float = 0.25
+) -> tuple[float, dict[tuple, list[float]]]:
+    """Return the part of the full rank nearest to ``wanted``, and the points lost there by depth and layer.
+
+    Cuts of full rank 1, across which nothing can be truncated, are left out.
+    """
+    dense = {row["seed"]: row[when] for row in of(rows, "dense", network=network, data=data)}
+    swept = [row for row in of(rows, "sweep", network=network, data=data) if row["norm_loss"]]
+    part = min({row["fraction"] for row in swept}, key=lambda fraction: abs(fraction - wanted))
+    there = [row for row in swept if row["fraction"] == part and row[when] is not None]
+    return part, by(there, "depth", "layer", value=lambda row: 100 * (dense[row["seed"]] - row[when]))
+
+
 def drift_shares(rows: Sequence[Row], network: str, data: str) -> list[tuple[int, float]]:
     """Return (depth, part of the loss that re-estimation brings back) where over a point was lost."""
     dense = {row["seed"]: row for row in of(rows, "dense", network=network, data=data)}
