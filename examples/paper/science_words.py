@@ -1,5 +1,6 @@
 """The words of docs/science.md. Numbers in sentences are computed from the rows."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -155,7 +156,7 @@ def trends(rows: Sequence[Row], network: str, data: str) -> list[float]:
             for cut in sorted({row["cut"] for row in atlas})
         ]
         long = [correlation(pairs) for pairs in by_cut if len({depth for depth, _ in pairs}) > 1]
-        found.append(statistics.median(long))
+        found.append(statistics.median(long) if long else math.nan)
     for when in ("before", "after"):
         lost = lost_at(rows, network, data, when)[1]
         found.append(correlation((key[0], v) for key, own in lost.items() for v in own))
@@ -175,7 +176,7 @@ def _on_depth(rows: Sequence[Row], network: str, data: str) -> str:
     return (
         f"Deeper layers lose {points} points at {part:g} of the full rank (Spearman {before:+.2f}; "
         f"{after:+.2f} with BatchNorm re-estimated), and {norm} norm at a quarter of the parameters "
-        f"({quarter:+.2f}), where random kernels lose {min(random):.2f} to {max(random):.2f} of theirs at any "
-        f"depth. That is {agrees} the paper says, as a trend: neighbours stand in either order, and entropy "
-        f"goes with depth by {entropy:+.2f} only."
+        f"({quarter:+.2f}), where random kernels lose {min(random):.2f} to {max(random):.2f} of theirs at "
+        f"any depth. That is {agrees} the paper says, as a trend: neighbours stand in either order, and "
+        f"entropy goes with depth by {entropy:+.2f} only."
     )
