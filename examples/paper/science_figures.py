@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 LEGS = ("out", "in", "kh", "kw")
@@ -58,13 +59,14 @@ def norm_loss(rows: Sequence[dict], title: str) -> Figure:
         axis.set_title(dict(depths)[panel] if by_layer else panel, fontsize=10)
         axis.set_xlim(0, 1)
     _label(figure, axes, "norm loss ‖W−W′‖ / ‖W‖", "test accuracy, %")
-    words = "solid: BatchNorm re-estimated, dotted: right after truncation"
     if by_layer:
         handles, labels = axes[-1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, title=words)
     else:
+        handles, labels = [], []
         _depth_bar(figure, axes, len(depths))
-        figure.text(0.5, 0.005, words, ha="center", va="bottom", fontsize=9)
+    styles = {"-": "BatchNorm re-estimated", ":": "right after truncation"}
+    handles += [Line2D([], [], color="0.3", linestyle=style) for style in styles]
+    figure.legend(handles, [*labels, *styles.values()], loc="outside lower center", ncols=5, fontsize=9)
     return figure
 
 
