@@ -180,7 +180,7 @@ class Sweep:
     def _title(self) -> str:
         layers = len({layer.name for row in self.rows for layer in row.layers})
         return (
-            f"{len(self.rows)} truncations of {layers} layers, {self.units} of them different, on "
+            f"{len(self.rows)} truncations of {layers} layer{'s' * (layers != 1)}, {self.units} of them different, on "
             f"{self.images} images"
         )
 
