@@ -180,8 +180,8 @@ class Sweep:
     def _title(self) -> str:
         layers = len({layer.name for row in self.rows for layer in row.layers})
         return (
-            f"{len(self.rows)} truncations of {layers} layer{'s' * (layers != 1)}, {self.units} of them different, on "
-            f"{self.images} images"
+            f"{len(self.rows)} truncations of {layers} layer{'s' * (layers != 1)}, {self.units} of them "
+            f"different, on {self.images} images"
         )
 
     def _references(self) -> Iterator[str]:
