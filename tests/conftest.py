@@ -63,6 +63,23 @@ def unchecked(monkeypatch):
 
 
 @pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Call the command line in a folder of the test's own; the exit code is checked."""
+    from typer.testing import CliRunner
+
+    from tncompress.cli import app
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(line, code=0):
+        result = CliRunner().invoke(app, line.split())
+        assert result.exit_code == code, result.output + result.stderr
+        return result
+
+    return call
+
+
+@pytest.fixture
 def quick_cp(monkeypatch):
     """Few sweeps and restarts of CP, where a test does not ask how good the fit is."""
     monkeypatch.setattr("tncompress.formats.cp.SWEEPS", 20)

@@ -12,10 +12,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import tncompress as tnc
-from tncompress.cli import app
 from tncompress.threads import side_by_side
 
 
@@ -277,18 +275,6 @@ def test_the_page_is_whole_and_needs_nothing_else(made, tmp_path):
 
 
 # --- the command --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def call(line, code=0):
-        result = CliRunner().invoke(app, line.split())
-        assert result.exit_code == code, result.output + result.stderr
-        return result
-
-    return call
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import tncompress as tnc
 from tncompress.cli import app
@@ -14,18 +13,6 @@ from tncompress.data import load_data
 from tncompress.trainer import Trainer
 
 SPEC = "version: 1\ndefault: {format: tucker, rank: {params_ratio: 0.25}}\n"
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def call(line, code=0):
-        result = CliRunner().invoke(app, line.split())
-        assert result.exit_code == code, result.output + result.stderr
-        return result
-
-    return call
 
 
 @pytest.fixture
@@ -300,7 +287,9 @@ MISUSE = {
 
 
 @pytest.mark.parametrize("kind", MISUSE)
-def test_misuse_gets_one_line_and_changes_nothing(run, trained, kind):
+def test_misuse_gets_one_line_and_changes_nothing(run, trained, kind, monkeypatch):
+    if kind == "no tensorboard":
+        monkeypatch.setattr("tncompress.cli_train.find_spec", lambda name: None)
     bad = {
         "bad_format.yaml": "default: {format: spline}",
         "bad_key.yaml": "default: {fromat: mps}",

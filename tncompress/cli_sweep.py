@@ -22,7 +22,7 @@ from tncompress.textfiles import read_settings, read_value
 
 ARGUMENTS, RESULT, ROWS = "arguments.json", "sweep.json", "rows.jsonl"
 BATCH = 128
-"""Test images in a batch: the fastest size on a CPU, whose caches hold the activations."""
+"""Images in a batch of the test and of BatchNorm statistics."""
 
 
 @cli.guarded

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,7 +143,7 @@ def _first_process() -> bool:
 
 
 def _need(library: str, wanted: Path | None, option: str) -> None:
-    if wanted is not None and importlib.util.find_spec(library) is None:
+    if wanted is not None and find_spec(library) is None:
         raise ValueError(f"{option} needs {library}, which is not there: pip install {library}")
 
 
