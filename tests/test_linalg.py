@@ -8,7 +8,11 @@ from torch.testing import assert_close
 from tncompress import linalg
 from tncompress.linalg import (
     bond_scale,
+    leading,
+    leading_vectors,
+    orthonormalised,
     singular_values,
+    squared_norm,
     svd,
     tail_energies,
     truncated_svd,
@@ -167,3 +171,62 @@ def test_tail_energies_are_sums_of_what_is_cut_off():
 )
 def test_bond_scale_is_the_square_root_above_one_percent(s, wanted):
     assert_close(bond_scale(torch.tensor(s)), torch.tensor(wanted))
+
+
+# --- leading ------------------------------------------------------------------------------------------------
+
+LARGE = [(60, 60), (50, 200), (200, 50)]
+DECAYS = {
+    "flat": lambda k: torch.ones(k),
+    "slow": lambda k: 1 / torch.arange(1, k + 1) ** 0.5,
+    "steep": lambda k: torch.logspace(0, -4, k),
+    "rank-2": SPECTRA["rank-2"],
+    "zero": SPECTRA["zero"],
+    "tiny": lambda k: 1e-30 / torch.arange(1, k + 1),
+    "huge": lambda k: 1e30 / torch.arange(1, k + 1),
+}
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("rank", [1, 7, 40, 50])
+@pytest.mark.parametrize("make", DECAYS.values(), ids=DECAYS.keys())
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_a_truncation_found_in_float32_is_as_good_as_the_best_and_told_exactly(shape, make, rank, single):
+    matrix, _ = with_spectrum(shape, make)
+    matrix = matrix.float().double()
+    u, rest, discarded = leading(matrix, rank, single=single)
+    total, best = squared_norm(matrix), float(tail_energies(torch.linalg.svdvals(matrix))[rank])
+    assert_close(u.mT @ u, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert_close(rest, u.mT @ matrix, rtol=0, atol=1e-13 * total**0.5)
+    assert abs(squared_norm(matrix - u @ rest) - discarded) <= 1e-12 * total
+    assert discarded**0.5 <= (1 + 1e-5) * best**0.5 + 1e-10 * total**0.5
+
+
+def test_float32_is_not_used_where_it_would_be_rounded_or_little_is_discarded(monkeypatch):
+    asked = []
+    monkeypatch.setattr(linalg, "leading_vectors", lambda *args: asked.append(args) or leading_vectors(*args))
+    matrix, _ = with_spectrum((60, 80), DECAYS["slow"])
+    leading(matrix, 9, single=False)
+    assert not asked
+    leading(matrix, 9, single=True)
+    assert len(asked) == 1
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    leading(matrix, 9, single=True)
+    assert len(asked) == 1
+    monkeypatch.undo()
+    nearly, s = with_spectrum((60, 80), lambda k: torch.where(torch.arange(k) < 9, 1.0, 1e-6))
+    discarded = leading(nearly, 9, single=True)[2]
+    assert discarded == pytest.approx(float(s[9:].square().sum()), rel=1e-6)
+
+
+def test_columns_that_nearly_are_orthonormal_become_so():
+    basis = orthonormal(30, 8)
+    found = orthonormalised(basis + 1e-5 * torch.randn(30, 8, dtype=torch.float64))
+    assert_close(found.mT @ found, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-14)
+    assert_close(found, basis, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_squared_norm_is_added_up_in_float64(dtype):
+    tensor = torch.randn(3, 400).to(dtype)
+    assert squared_norm(tensor.mT) == pytest.approx(float(tensor.double().square().sum()), rel=1e-13)

@@ -417,3 +417,22 @@ def test_a_single_rank_serves_layers_of_every_size():
     ranks = {layer.name: layer.ranks for layer in plan.compressed}
     assert ranks == {"0": (3, 12), "1": (12, 12), "2": (12, 4)}
     assert "ranks (4,) would hold 376 parameters, now 360" in plan.layers[3].reason
+
+
+@pytest.mark.parametrize("format", ["svd", "tucker", "mps"])
+def test_layers_that_are_planned_side_by_side_are_those_planned_in_turn(format, monkeypatch):
+    model = tnc.build_model("zoo:cnn4")
+    spec = {"default": {"format": format, "rank": {"rel_error": 0.5}}}
+    plans = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        plans.append(tnc.make_plan(model, spec))
+    first, second = plans
+    assert [p.name for p in first.layers] == [p.name for p in second.layers]
+    assert [p.ranks for p in first.compressed] == [p.ranks for p in second.compressed]
+    for planned in first.compressed:
+        kernels = [
+            planned.format.to_dense(plan.fits[planned.name].factors, planned.geometry.kernel_shape)
+            for plan in plans
+        ]
+        assert (kernels[0] - kernels[1]).norm() <= 1e-3 * kernels[0].norm()

@@ -17,6 +17,9 @@ from torch import Tensor
 GRAM_FLOOR = 1e-10
 """Smallest eigenvalue of a Gram matrix, over the largest, that is trusted: it has about six digits."""
 
+SINGLE_SIDE, SINGLE_FLOOR = 48, 1e-4
+"""The shortest matrix, and the least discarded weight, relative, for which float32 finds what to keep."""
+
 JOINT_PRECISION = 1e-7
 """How far off a value of :func:`joint_singular_values` may be, over the norm, where it is not ``exact``."""
 
@@ -61,6 +64,56 @@ def _svd_wide(matrix: Float[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:
         u, s, vh = torch.linalg.svd(r.mT, full_matrices=False)
         return u, s, s[:, None] * (vh @ q.mT)
     return u, eigenvalues.sqrt(), u.mT @ matrix
+
+
+def leading(
+    matrix: Float[Tensor, "m n"], rank: int, *, single: bool = False
+) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"], float]:
+    """Return ``u, rest, discarded``: the matrix truncated to ``rank`` is ``u @ rest``.
+
+    ``rest`` is ``u.T @ matrix``, ``u`` has orthonormal columns, and ``discarded`` is the squared error.
+    With ``single`` they are looked for in float32, for a matrix whose entries have no more digits: as
+    a discarded weight is stationary at the best ``u``, it grows by about a millionth. Where so little is
+    discarded that this counts, and on devices where float32 products may have fewer digits, it is float64.
+    """
+    short = min(matrix.shape)
+    exact = torch.get_float32_matmul_precision() == "highest" and matrix.device.type == "cpu"
+    if single and short >= SINGLE_SIDE and rank < short and exact:
+        total, peak = squared_norm(matrix), float(torch.linalg.vector_norm(matrix, math.inf))
+        if total > 0:
+            u = orthonormalised(leading_vectors((matrix / peak).float(), rank).to(matrix.dtype))
+            rest = u.mT @ matrix
+            discarded = total - squared_norm(rest)
+            if discarded > SINGLE_FLOOR * total:
+                return u, rest, discarded
+    u, s, svh = svd(matrix)
+    return u[:, :rank], svh[:rank], float(tail_energies(s)[rank])
+
+
+def leading_vectors(matrix: Float[Tensor, "m n"], rank: int) -> Float[Tensor, "m r"]:
+    """Return the leading left singular vectors to the precision of the matrix's dtype: float32 is quick."""
+    if matrix.dtype == torch.float64:
+        return svd(matrix)[0][:, :rank]
+    m, n = matrix.shape
+    gram = matrix @ matrix.mT if m <= n else matrix.mT @ matrix
+    vectors = torch.linalg.eigh(gram)[1][:, -rank:].flip(1)
+    return vectors if m <= n else torch.linalg.qr(matrix @ vectors).Q
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """Return the sum of the squares of all entries, added up in float64, without a copy of them."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+
+
+def orthonormalised(basis: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
+    """Return the nearest matrix with orthonormal columns to one whose columns nearly are.
+
+    Each step of Newton and Schulz squares how far off they are.
+    """
+    eye = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
+    for _ in range(2):
+        basis = basis @ (1.5 * eye - 0.5 * (basis.mT @ basis))
+    return basis
 
 
 def singular_values(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " k"]:

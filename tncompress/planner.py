@@ -25,7 +25,8 @@ from tncompress.running import input_shapes
 from tncompress.selection import check_weight, describe, kept_dense, memory_for
 from tncompress.sensitivity import quick_sensitivity
 from tncompress.spec import Rule, Settings, Spec
-from tncompress.tables import watched
+from tncompress.tables import progress_bar, watched
+from tncompress.threads import side_by_side
 
 Decision = tuple[LayerPlan, Fit | None] | Skip
 
@@ -98,7 +99,8 @@ def _by_rules(
 ) -> dict[str, Decision]:
     """Return what becomes of each layer whose ranks are not left to a budget."""
     kept, made = kept_dense(spec, layers), dict[str, Decision]()
-    for layer in watched(layers, "planning", show=progress):
+    wanted: list[tuple[Layer, Settings]] = []
+    for layer in layers:
         rule = spec.rule_for(layer.names)
         reason = layer.obstacle or kept.get(layer.name)
         if reason is None and isinstance(rule, Rule) and rule.keep_dense:
@@ -108,9 +110,25 @@ def _by_rules(
         elif under_budget(spec, rule):
             check_weight(layer, needed=True)
         else:
-            metric = judge.metric(layer.name)
-            made[layer.name] = _plan_layer(layer, rule, spec, calls.get(layer.name), metric)
-    return made
+            wanted.append((layer, rule))
+
+    def planned(one: tuple[Layer, Settings]) -> Decision:
+        layer, settings = one
+        return _plan_layer(layer, settings, spec, calls.get(layer.name), judge.metric(layer.name))
+
+    wanted.sort(key=lambda one: -one[0].params)
+    with progress_bar(len(wanted), show=progress) as advance:
+        found = side_by_side(
+            planned,
+            wanted,
+            threads=None if judge.calibration is None and _all_on_cpu(layers) else 1,
+            done=lambda one: advance(f"planning {one[0].name}"),
+        )
+    return made | {layer.name: one for (layer, _), one in zip(wanted, found, strict=True)}
+
+
+def _all_on_cpu(layers: Sequence[Layer]) -> bool:
+    return all(layer.weight().device.type == "cpu" for layer in layers)
 
 
 def _fitted_loss(made: Mapping[str, Decision], judge: Judge) -> float:

@@ -2,22 +2,32 @@
 
     python examples/benchmarks/layers_speed.py layers --threads 1
     python examples/benchmarks/layers_speed.py choices --threads 1
-    python examples/benchmarks/layers_speed.py networks --network resnet18 --threads 1
     python examples/benchmarks/layers_speed.py page
 
-The first three append rows to docs/benchmarks.jsonl (those that are there are not measured again), the last
-writes docs/benchmarks.md from them. Weights are random: speed does not depend on them. tltorch's layers hold
-the same factors, which is checked by their outputs.
+The first two append rows to docs/benchmarks.jsonl (those that are there are not measured again), the last
+writes docs/benchmarks.md from all rows that are there. Weights are
+random: speed does not depend on them. tltorch's layers hold the same factors, which is checked by their
+outputs.
 """
 
 import argparse
-import json
 import math
-import platform
 import random
-from pathlib import Path
+import sys
+from functools import partial
 
 import torch
+from benchmark_rows import (
+    ROWS,
+    SETTINGS,
+    append,
+    environment,
+    known,
+    machine,
+    samples_in_turns,
+    summary,
+    with_advised_environment,
+)
 from benchmarks_page import write_page
 from torch import nn
 
@@ -26,11 +36,9 @@ from tncompress.contraction import dense_stage, macs_ratio
 from tncompress.cost_model import fastest_chain, in_turns, modelled_contraction
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
-from tncompress.measure import macs
 from tncompress.prepacked import FrozenChain, own_weights
 from tncompress.strategies import all_contractions, merged_stages
 
-ROWS = Path(__file__).parents[2] / "docs" / "benchmarks.jsonl"
 LAYERS = [  # channels in, out, image side: of ResNets and VGGs
     (128, 128, 28),
     (256, 256, 14),
@@ -146,9 +154,9 @@ def measure_layer(name, shape, batch, cut, seconds):
                 assert gap < 1e-4, f"{key} of {name} computes something else: {gap}"
                 runs[key] = (model, x)
                 runs[f"{key} channels_last"] = (model, last)
-    times = in_turns([lambda m=m, x=x: m(x) for m, x in runs.values()], seconds=seconds, hopeless=math.inf)
+    found = samples_in_turns({key: partial(m, given) for key, (m, given) in runs.items()}, seconds=seconds)
     return {
-        "times": dict(zip(runs, times, strict=True)),
+        "times": {key: summary(samples) for key, samples in found.items()},
         "macs_cut": real,
         "contraction": str(way),
         "ranks": ranks,
@@ -187,60 +195,34 @@ def measure_choice(rng, seconds):
     }
 
 
-def measure_network(name, format, batch, dtype, ratio, seconds):
-    """Measure a torchvision network of random weights: dense and compressed, as they are and frozen."""
-    import torchvision
-
-    torch.manual_seed(0)
-    model, x = getattr(torchvision.models, name)(weights=None).eval(), torch.randn(batch, 3, 224, 224)
-    spec = {"default": {"format": format, "rank": {"params_ratio": ratio}, "round_to": 16}}
-    small = tnc.compress(model, spec)
-    made = {"dense": model, "compressed": small}
-    for key in ("dense", "compressed"):
-        made[f"{key} frozen"] = tnc.freeze(made[key], x, dtype=dtype, seconds=seconds)
-    times = in_turns([lambda m=m: m(x) for m in made.values()], seconds=seconds, hopeless=math.inf)
-    return {
-        "times": dict(zip(made, times, strict=True)),
-        "macs_cut": macs(model, x[:1]) / macs(small, x[:1]),
-        "rel_error": made["compressed frozen"].rel_error,
-        "way": made["compressed frozen"].way,
-    }
-
-
-def machine(threads):
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {threads} thread(s), torch {torch.__version__}, float32 unless said"
-
-
-def append(row):
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def known():
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
 def run_layers(options):
     keys = [
-        {"kind": "layer", "format": name, "layer": list(shape), "batch": batch, "cut": options.cut}
+        {
+            "kind": "layer",
+            "format": name,
+            "layer": list(shape),
+            "batch": batch,
+            "cut": options.cut,
+            "machine": machine(options.threads),
+            "environment": environment(),
+        }
         for names in (("svd", "tucker", "mps"), ("svd separable", "cp"))
         for shape in LAYERS
         for batch in (8, 1)
         for name in names
     ]
-    done = [{key: row[key] for key in keys[0]} for row in known() if row["kind"] == "layer"]
+    done = [{key: row.get(key) for key in keys[0]} for row in known() if row["kind"] == "layer"]
     for key in [key for key in keys if key not in done][: options.most]:
         torch.manual_seed(0)
         found = measure_layer(key["format"], key["layer"], key["batch"], key["cut"], options.seconds)
-        append(key | found | {"machine": machine(options.threads)})
+        append(key | found)
         print(
-            key, {k: round(1e3 * v, 2) for k, v in found["times"].items()}, found["contraction"], flush=True
+            key["format"],
+            key["layer"],
+            key["batch"],
+            {name: round(1e3 * each["median"], 2) for name, each in found["times"].items()},
+            found["contraction"],
+            flush=True,
         )
 
 
@@ -249,40 +231,32 @@ def run_choices(options):
     for seed in range(start, start + options.most):
         torch.manual_seed(seed)
         found = measure_choice(random.Random(seed), options.seconds)
-        append({"kind": "choice", "seed": seed} | found | {"machine": machine(options.threads)})
+        append(
+            {"kind": "choice", "seed": seed}
+            | found
+            | {"machine": machine(options.threads), "environment": environment()}
+        )
         print(found["format"], found["best"], found["regret"], flush=True)
-
-
-def run_networks(options):
-    dtype = torch.bfloat16 if options.bf16 else None
-    key = {"kind": "network", "network": options.network, "format": options.format, "batch": options.batch}
-    found = measure_network(
-        options.network, options.format, options.batch, dtype, options.ratio, options.seconds
-    )
-    append(key | {"bf16": options.bf16} | found | {"machine": machine(options.threads)})
-    print(key, found)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["layers", "choices", "networks", "page"])
+    parser.add_argument("what", choices=["layers", "choices", "page"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cut", type=float, default=4.0, help="how many times fewer MACs")
     parser.add_argument("--seconds", type=float, default=0.2, help="time for each variant")
     parser.add_argument("--most", type=int, default=1000, help="how many settings to measure now")
-    parser.add_argument("--network", default="resnet18")
-    parser.add_argument("--format", default="tucker")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--ratio", type=float, default=0.25, help="parameters of each layer, of a network")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--advised", action="store_true", help="with the settings that are advised")
     options = parser.parse_args()
+    if options.advised:
+        with_advised_environment(sys.argv)
     torch.set_num_threads(options.threads)
     if options.what == "page":
-        write_page(known(), ROWS.with_suffix(".md"))
+        write_page(known(), ROWS.with_suffix(".md"), SETTINGS)
         return
-    {"layers": run_layers, "choices": run_choices, "networks": run_networks}[options.what](options)
+    {"layers": run_layers, "choices": run_choices}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from tncompress.cuts import legs_of
 from tncompress.formats.base import Fit, Format, Ranks, Shape, Stage
-from tncompress.linalg import bond_scale, singular_values, svd, tail_energies, unfold, working_copy
+from tncompress.linalg import (
+    SINGLE_FLOOR,
+    bond_scale,
+    leading,
+    orthonormalised,
+    singular_values,
+    squared_norm,
+    svd,
+    unfold,
+    working_copy,
+)
 
 OUT, IN = 0, 1
 SWEEPS, NEGLIGIBLE = 2, 1e-8
@@ -108,11 +118,11 @@ class ChainFormat(Format):
         """
         ranks = self.feasible(kernel.shape, self.check_ranks(kernel.shape, ranks))
         groups = self.groups(kernel.shape)
-        tensor = self._tensor(kernel, groups)
-        cores, centre, squared = truncate_chain(tensor, ranks)
-        norm = float(tensor.square().sum())
+        tensor, single = self._tensor(kernel, groups), kernel.dtype != torch.float64
+        cores, centre, squared = truncate_chain(tensor, ranks, single=single)
+        norm = squared_norm(tensor)
         if len(ranks) > 1 and squared > NEGLIGIBLE * norm:
-            cores, squared = improve_chain(tensor, cores)
+            cores, squared = improve_chain(tensor, cores, single=single and squared > SINGLE_FLOOR * norm)
             centre = len(cores) - 1
         cores = balance_chain(cores, centre)
         rel_error = math.sqrt(max(squared, 0.0) / norm) if norm > 0 else 0.0
@@ -125,21 +135,25 @@ class ChainFormat(Format):
         """Return the relative error of the truncation, which sweeps then lower by little."""
         ranks = self.feasible(kernels.shape[1:], self.check_ranks(kernels.shape[1:], ranks))
         groups = self.groups(kernels.shape[1:])
-        squared = sum(truncate_chain(self._tensor(kernel, groups), ranks)[2] for kernel in kernels)
-        norm = float(working_copy(kernels).square().sum())
+        single = kernels.dtype != torch.float64
+        squared = sum(
+            truncate_chain(self._tensor(kernel, groups), ranks, single=single)[2] for kernel in kernels
+        )
+        norm = squared_norm(kernels)
         return math.sqrt(max(squared, 0.0) / norm) if norm > 0 else 0.0
 
     def _tensor(self, kernel: Tensor, groups: Groups) -> Tensor:
         """Return the kernel in float64 with one mode for each core, in the order of the chain."""
         sizes = [math.prod(kernel.shape[mode] for mode in group) for group in groups]
-        return working_copy(kernel).permute(sum(groups, ())).reshape(sizes)
+        return working_copy(kernel.permute(sum(groups, ()))).reshape(sizes)
 
 
-def truncate_chain(tensor: Tensor, ranks: Ranks) -> tuple[list[Tensor], int, float]:
+def truncate_chain(tensor: Tensor, ranks: Ranks, *, single: bool = False) -> tuple[list[Tensor], int, float]:
     """Return cores ``(r_left, size, r_right)`` of a chain, the number of the centre, and the squared error.
 
     Bonds are cut from both ends towards the middle, the cheaper end first, with isometries: the centre, which
-    remains, carries the whole norm, so that the discarded weights add.
+    remains, carries the whole norm, so that the discarded weights add. ``single``: see
+    :func:`tncompress.linalg.leading`.
     """
     sizes, last = tensor.shape, tensor.ndim - 1
     cores: list[Tensor] = [tensor] * tensor.ndim
@@ -151,25 +165,29 @@ def truncate_chain(tensor: Tensor, ranks: Ranks) -> tuple[list[Tensor], int, flo
         rows = (
             rest.reshape(r_low * sizes[low], -1) if from_left else rest.reshape(-1, sizes[high] * r_high).mT
         )
-        u, s, svh = svd(rows)
-        discarded += float(tail_energies(s)[rank])
+        u, rest, lost = leading(rows, rank, single=single)
+        discarded += lost
         if from_left:
-            cores[low], rest = u[:, :rank].reshape(r_low, sizes[low], rank), svh[:rank]
+            cores[low] = u.reshape(r_low, sizes[low], rank)
             low, r_low = low + 1, rank
         else:
-            cores[high], rest = u[:, :rank].mT.reshape(rank, sizes[high], r_high), svh[:rank].mT
+            cores[high], rest = u.mT.reshape(rank, sizes[high], r_high), rest.mT
             high, r_high = high - 1, rank
     cores[low] = rest.reshape(r_low, sizes[low], r_high)
     return cores, low, discarded
 
 
-def improve_chain(tensor: Tensor, cores: list[Tensor]) -> tuple[list[Tensor], float]:
+def improve_chain(tensor: Tensor, cores: list[Tensor], *, single: bool = False) -> tuple[list[Tensor], float]:
     """Return the chain after sweeps that solve for its cores in turn, and its squared error.
 
     With all other cores isometries, the best core is the tensor projected on them (one-site DMRG). The last
-    core is the centre of the result.
+    core is the centre of the result. With ``single`` the isometries are found in float32; they are made
+    exact before the tensor is projected on them for the last time.
     """
-    total = float(tensor.square().sum())
+    if single:
+        found, _ = improve_chain(tensor.float(), [core.float() for core in cores])
+        return _centred(tensor, found)
+    total = squared_norm(tensor)
     for _ in range(SWEEPS):
         cores = _orthogonal_from_right(cores)
         rests = [tensor.unsqueeze(-1)]  # number k: the tensor with the last k cores contracted to it
@@ -182,7 +200,18 @@ def improve_chain(tensor: Tensor, cores: list[Tensor]) -> tuple[list[Tensor], fl
                 solved = torch.linalg.qr(solved.reshape(-1, core.shape[2])).Q
                 left = (left @ solved.reshape(len(core), -1)).reshape(-1, core.shape[2])
             cores[k] = solved.reshape(core.shape)
-    return cores, total - float(cores[-1].square().sum())
+    return cores, total - squared_norm(cores[-1])
+
+
+def _centred(tensor: Tensor, cores: list[Tensor]) -> tuple[list[Tensor], float]:
+    """Return the chain whose cores but the last are isometries near ``cores``, and its squared error."""
+    rest, made = tensor.reshape(1, -1), list[Tensor]()
+    for core in cores[:-1]:
+        basis = orthonormalised(core.to(tensor.dtype).flatten(0, 1))
+        rest = basis.mT @ rest.reshape(len(basis), -1)
+        made.append(basis.reshape(core.shape))
+    made.append(rest.reshape(cores[-1].shape))
+    return made, squared_norm(tensor) - squared_norm(rest)
 
 
 def _orthogonal_from_right(cores: list[Tensor]) -> list[Tensor]:

@@ -11,9 +11,23 @@ from torch import Tensor
 from tncompress.cuts import legs_of
 from tncompress.formats.base import Fit, Format, Ranks, Shape, Stage, register_format
 from tncompress.formats.chain import IN, OUT
-from tncompress.linalg import bond_scale, singular_values, svd, unfold, working_copy
+from tncompress.linalg import (
+    bond_scale,
+    leading,
+    leading_vectors,
+    orthonormalised,
+    singular_values,
+    squared_norm,
+    svd,
+    unfold,
+    working_copy,
+)
 
-SWEEPS, TOLERANCE = 10, 1e-7
+SWEEPS, TOLERANCE = 10, 2e-4
+"""Sweeps at most, and the part of the squared error that one has to take off for another to follow."""
+
+SINGLE_FLOOR = 1e-2
+"""The least squared error, relative, at which sweeps run in float32."""
 
 
 @register_format("tucker")
@@ -98,10 +112,10 @@ class Tucker(Format):
         shape = tuple(kernel.shape)
         ranks = self.feasible(shape, self.check_ranks(shape, ranks))
         work = working_copy(kernel)
-        total = float(work.square().sum())
-        modes = self.modes(shape)
-        core, bases = self._truncated(work, ranks)
-        core = _improve(work, bases, dict(zip(modes, ranks, strict=True)), core)
+        total = squared_norm(work)
+        single = kernel.dtype != torch.float64
+        core, bases = self._truncated(work, ranks, single=single)
+        core, bases = _improve(work, core, bases, single=single)
         error = math.sqrt(_squared_distance(work, core, bases) / total) if total > 0 else 0.0
         factors = self._factors(core, bases, shape)
         shapes = self.factor_shapes(shape, ranks)
@@ -113,17 +127,21 @@ class Tucker(Format):
         shape = tuple(kernels.shape[1:])
         ranks = self.feasible(shape, self.check_ranks(shape, ranks))
         works = [working_copy(kernel) for kernel in kernels]
-        squared = sum(_squared_distance(work, *self._truncated(work, ranks)) for work in works)
-        total = sum(float(work.square().sum()) for work in works)
+        single = kernels.dtype != torch.float64
+        squared = sum(_squared_distance(work, *self._truncated(work, ranks, single=single)) for work in works)
+        total = sum(squared_norm(work) for work in works)
         return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
 
-    def _truncated(self, work: Tensor, ranks: Ranks) -> tuple[Tensor, dict[int, Tensor]]:
+    def _truncated(
+        self, work: Tensor, ranks: Ranks, *, single: bool = False
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """Return core and bases of the sequentially truncated HOSVD, the bond that loses most first."""
         pairs = zip(self.modes(tuple(work.shape)), ranks, strict=True)
         core, bases = work, dict[int, Tensor]()
         for mode, rank in sorted(pairs, key=lambda pair: pair[1] / work.shape[pair[0]]):
-            bases[mode] = svd(unfold(core, [mode]))[0][:, :rank]
-            core = _project(core, mode, bases[mode])
+            bases[mode], rest, _ = leading(unfold(core, [mode]), rank, single=single)
+            others = [size for other, size in enumerate(core.shape) if other != mode]
+            core = rest.reshape(rank, *others).movedim(0, mode)
         return core, bases
 
     def _factors(self, core: Tensor, bases: dict[int, Tensor], shape: Shape) -> list[Tensor]:
@@ -148,34 +166,66 @@ def _wide(shape: Shape) -> tuple[int, ...]:
 
 
 def _project(tensor: Tensor, mode: int, basis: Tensor) -> Tensor:
+    if mode == 0:  # no other order of the modes has to be made
+        return (basis.mT @ tensor.flatten(1)).reshape(-1, *tensor.shape[1:])
     return torch.tensordot(tensor, basis, dims=([mode], [0])).movedim(-1, mode)
 
 
-def _improve(work: Tensor, bases: dict[int, Tensor], ranks: dict[int, int], core: Tensor) -> Tensor:
-    """Sweep over the modes until the core's norm, which no sweep lowers, stands still; update ``bases``."""
-    if len(bases) == 1 or all(ranks[mode] == work.shape[mode] for mode in bases):
-        return core
-    norm = float(core.norm())
+def _rows(tensor: Tensor, mode: int) -> Tensor:
+    """Return the unfolding with ``mode`` as rows; the last mode's is a view, its columns in another order."""
+    return tensor.flatten(0, -2).mT if mode == tensor.ndim - 1 else unfold(tensor, [mode])
+
+
+def _improve(
+    work: Tensor, core: Tensor, bases: dict[int, Tensor], *, single: bool
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Sweep over the modes as long as it lowers the error; return the core and the bases.
+
+    With ``single``, and an error that float32 can tell from the next, sweeps run in float32. What they find
+    is made orthonormal in float64, where the kernel is projected on it.
+    """
+    total, kept = squared_norm(work), squared_norm(core)
+    if len(bases) == 1 or all(basis.shape[0] == basis.shape[1] for basis in bases.values()):
+        return core, bases
+    if not single or total - kept <= SINGLE_FLOOR * total:
+        return _swept(work, core, bases, total)
+    last = work.ndim - 1  # ``in`` goes there: the largest products then need no copies
+    place = {mode: last if mode == IN else mode - (mode > IN) for mode in bases}
+    small = {place[mode]: basis.float() for mode, basis in bases.items()}
+    moved, start = (tensor.movedim(IN, last).contiguous().float() for tensor in (work, core))
+    small = _swept(moved, start, small, total)[1]
+    found = {mode: orthonormalised(small[place[mode]].to(work.dtype)) for mode in bases}
+    swept = work
+    for mode, basis in found.items():
+        swept = _project(swept, mode, basis)
+    return (swept, found) if squared_norm(swept) > kept else (core, bases)
+
+
+def _swept(
+    work: Tensor, core: Tensor, bases: dict[int, Tensor], total: float
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return core and bases after sweeps; no sweep lowers the core's norm."""
+    bases, kept = dict(bases), squared_norm(core)
     for _ in range(SWEEPS):
         for mode in bases:
             core = work
             for other in bases:
                 if other != mode:
                     core = _project(core, other, bases[other])
-            bases[mode] = svd(unfold(core, [mode]))[0][:, : ranks[mode]]
+            bases[mode] = leading_vectors(_rows(core, mode), bases[mode].shape[1])
             core = _project(core, mode, bases[mode])
-        gain, norm = float(core.norm()) - norm, float(core.norm())
-        if gain <= TOLERANCE * norm:
+        gain, kept = squared_norm(core) - kept, squared_norm(core)
+        if gain <= TOLERANCE * (total - kept):
             break
-    return core
+    return core, bases
 
 
 def _squared_distance(work: Tensor, core: Tensor, bases: dict[int, Tensor]) -> float:
     """Return the squared error, from the norms where they differ enough and by subtraction where not."""
-    total, kept = float(work.square().sum()), float(core.square().sum())
+    total, kept = squared_norm(work), squared_norm(core)
     if total - kept > 1e-8 * total:
         return total - kept
     rebuilt = core
     for mode, basis in bases.items():
         rebuilt = _project(rebuilt, mode, basis.mT)
-    return float((work - rebuilt).square().sum())
+    return squared_norm(work - rebuilt)

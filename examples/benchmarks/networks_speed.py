@@ -1,0 +1,183 @@
+"""Whole networks side by side: dense in its best variant, ours compressed and frozen.
+
+    python examples/benchmarks/networks_speed.py one --network vgg16 --cut 3.65
+    python examples/benchmarks/networks_speed.py one --network resnet50 --cut 3.4 --batch 1 --advised
+    python examples/benchmarks/networks_speed.py every        # all of torchvision: never slower than dense
+    python examples/benchmarks/layers_speed.py page
+
+Rows are appended to docs/benchmarks.jsonl. Dense variants are torch's model as it is, with channels_last,
+frozen by `tnc.freeze`, and compiled by `torch.compile` with inductor's freezing; all of them, and the
+compressed model as it is, frozen and compiled, take turns in one process. Weights are random with seed 0, as
+torchvision initialises them: speed does not depend on them. `--advised` begins again with the settings of
+the allocator and of OpenMP that the documentation advises.
+"""
+
+import argparse
+import gc
+import inspect
+import sys
+
+import torch
+from benchmark_rows import (
+    append,
+    environment,
+    known,
+    machine,
+    samples_in_turns,
+    summary,
+    with_advised_environment,
+)
+
+import tncompress as tnc
+from tncompress.measure import macs, num_params
+from tncompress.running import copy_model
+
+LARGEST, ODD = 100e6, ("inception_v3", "maxvit_t")
+"""Networks of more parameters are left out of ``every``; the odd ones want images of their own size."""
+
+
+def compressed_to(model, format, cut, x):
+    """Return ``model`` compressed by one ratio for all layers, at which its MACs come to a ``cut``-th."""
+    whole, low, high = macs(model, x[:1]), 0.02, 1.0
+    best = None
+    for _ in range(7):
+        ratio = (low * high) ** 0.5
+        spec = {"default": {"format": format, "rank": {"params_ratio": ratio}, "round_to": 16}}
+        small = tnc.compress(model, spec)
+        found = whole / macs(small, x[:1])
+        if best is None or abs(found - cut) < abs(best[1] - cut):
+            best = small, found
+        low, high = (ratio, high) if found > cut else (low, ratio)
+    return best
+
+
+def compiled(model):
+    """Return ``model`` compiled, its weights taken for constants."""
+    copy = copy_model(model).eval().requires_grad_(False)
+    return torch.compile(copy.to(memory_format=torch.channels_last), options={"freezing": True})
+
+
+def variants(model, small, x, options):
+    """Return what is measured, by name: a module and its input."""
+    last = x.contiguous(memory_format=torch.channels_last)
+    dtype = torch.bfloat16 if options.bf16 else None
+    cast = (lambda m: copy_model(m).to(dtype)) if dtype else copy_model
+    x, last = (x.to(dtype), last.to(dtype)) if dtype else (x, last)
+    made = {"dense": (cast(model), x), "dense channels_last": (_last(cast(model)), last)}
+    if options.compile:
+        made["dense compiled"] = compiled(cast(model)), last
+    made["compressed"] = cast(small), last
+    if options.compile:
+        made["compressed compiled"] = compiled(cast(small)), last
+    for name, each in (("dense frozen", model), ("compressed frozen", small)):
+        made[name] = tnc.freeze(each, last.float(), dtype=dtype, seconds=options.seconds), last.float()
+    return made
+
+
+def _last(model):
+    return model.to(memory_format=torch.channels_last)
+
+
+def measure(network, options):
+    """Return the row of one network at one setting."""
+    import torchvision
+
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, network)(weights=None).eval().requires_grad_(False)
+    x = torch.randn(options.batch, 3, options.side, options.side)
+    small, cut = compressed_to(model, options.format, options.cut, x)
+    made = variants(model, small, x, options)
+    runs = {name: (lambda m=m, given=given: m(given)) for name, (m, given) in made.items()}
+    found = samples_in_turns(runs, seconds=options.seconds)
+    frozen = made["compressed frozen"][0]
+    return {
+        "kind": "network",
+        "network": network,
+        "format": options.format,
+        "batch": options.batch,
+        "side": options.side,
+        "bf16": options.bf16,
+        "environment": environment(),
+        "macs_cut": cut,
+        "params_cut": num_params(model) / num_params(small),
+        "times": {name: summary(samples) for name, samples in found.items()},
+        "rel_error": frozen.rel_error,
+        "way": frozen.way,
+        "machine": machine(options.threads),
+    }
+
+
+KEYS = ("kind", "network", "format", "batch", "side", "bf16", "environment")
+
+
+def run_one(options):
+    row = measure(options.network, options)
+    append(row)
+    show(row)
+
+
+def run_every(options):
+    """Measure each of torchvision's classification networks that is not there yet."""
+    from torchvision import models
+
+    done = {tuple(row.get(key) for key in KEYS) for row in known() if row["kind"] == "network"}
+    options.compile = False
+    for name in models.list_models(module=models):
+        if "quantized" in name or name in ODD:
+            continue
+        with torch.device("meta"):
+            size = num_params(getattr(models, name)(**_plain(models, name)))
+        key = ("network", name, options.format, options.batch, options.side, options.bf16, environment())
+        if size > LARGEST or key in done:
+            continue
+        try:
+            row = measure(name, options)
+        except ValueError as error:
+            print(f"{name}: {error}", flush=True)
+            continue
+        append(row | {"every": True})
+        show(row)
+        gc.collect()
+
+
+def _plain(models, name):
+    takes = inspect.signature(getattr(models, name)).parameters
+    return {"weights": None} if "weights" in takes or "kwargs" in takes else {}
+
+
+def show(row):
+    """Print what a row says."""
+    times = {name: round(1e3 * each["median"], 2) for name, each in row["times"].items()}
+    dense = min(each["median"] for name, each in row["times"].items() if name.startswith("dense"))
+    ours = row["times"]["compressed frozen"]["median"]
+    print(
+        f"{row['network']} batch {row['batch']} {row['format']} {row['macs_cut']:.2f}x: "
+        f"{dense / ours:.2f}x {times} {row['way']}",
+        flush=True,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["one", "every"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--network", default="resnet18", help="one of torchvision's")
+    parser.add_argument("--format", default="tucker")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--side", type=int, default=224, help="of the images")
+    parser.add_argument("--cut", type=float, default=3.4, help="how many times fewer MACs")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each variant")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="measure compiled variants, too: minutes")
+    parser.add_argument("--advised", action="store_true", help="with the settings that are advised")
+    options = parser.parse_args()
+    if options.advised:
+        with_advised_environment(sys.argv)
+    torch.set_num_threads(options.threads)
+    {"one": run_one, "every": run_every}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
