@@ -30,7 +30,7 @@ the median.
 
 NETWORKS = """## Whole networks
 
-One ratio for all layers but the stem and the classifier, ranks in steps of 16. *best dense* is the fastest of
+Compressed under a budget on the MACs, ranks in steps of 16. *best dense* is the fastest of
 torch's model as it is, with channels_last, frozen by `tnc.freeze` and, where it was measured, compiled
 by `torch.compile` with freezing. *eager* is the compressed model as `compress` returns it.
 """

@@ -37,18 +37,10 @@ LARGEST, ODD = 100e6, ("inception_v3", "maxvit_t")
 
 
 def compressed_to(model, format, cut, x):
-    """Return ``model`` compressed by one ratio for all layers, at which its MACs come to a ``cut``-th."""
-    whole, low, high = macs(model, x[:1]), 0.02, 1.0
-    best = None
-    for _ in range(7):
-        ratio = (low * high) ** 0.5
-        spec = {"default": {"format": format, "rank": {"params_ratio": ratio}, "round_to": 16}}
-        small = tnc.compress(model, spec)
-        found = whole / macs(small, x[:1])
-        if best is None or abs(found - cut) < abs(best[1] - cut):
-            best = small, found
-        low, high = (ratio, high) if found > cut else (low, ratio)
-    return best
+    """Return ``model`` compressed under a budget of a ``cut``-th of its MACs, and the cut that it has."""
+    spec = {"default": {"format": format, "round_to": 16}, "budget": {"macs": 1 / cut}}
+    small = tnc.compress(model, spec, example_inputs=x[:1])
+    return small, macs(model, x[:1]) / macs(small, x[:1])
 
 
 def compiled(model):
