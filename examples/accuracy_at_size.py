@@ -40,7 +40,7 @@ TIMES, BOTH = (2, 4, 8, 16), (4, 8)
 FORMATS = {"mps": "mps", "cp": "cp", "tucker": "tucker", "svd": {"name": "svd", "cut": "out kw|in kh"}}
 PEERS = {"tltorch CP": "CP", "tltorch Tucker": "Tucker", "tltorch TT": "TT"}
 BOUND = "budget's ranks, aware + BatchNorm"
-PARTS = ("goal", "main", "rest")
+PARTS = ("goal", "main", "formats", "macs")
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "accuracy.jsonl"
 
@@ -120,8 +120,8 @@ class Bench:
 def measure(bench: Bench, part: str) -> None:
     """Write the rows of one network and pair of seeds, those of one part, that are not there yet.
 
-    The ``goal`` is all formats together under a budget; then come MPS and tltorch (``main``), and each format
-    by itself (``rest``).
+    The ``goal`` is all formats together under a budget; then come MPS and tltorch (``main``), each other
+    format by itself (``formats``), and each at fewer MACs (``macs``).
     """
     first = {"mps": FORMATS["mps"]}
     rest = {name: fmt for name, fmt in FORMATS.items() if name not in first}
@@ -135,9 +135,10 @@ def measure(bench: Bench, part: str) -> None:
         peers(bench, TIMES)
         budgets(bench, "macs", TIMES, {"auto": "auto"})
         budgets(bench, "params", TIMES, first)
-    else:
+    elif part == "formats":
         budgets(bench, "params", TIMES, rest)
         uniform(bench, "params", TIMES, rest)
+    else:
         budgets(bench, "macs", TIMES, FORMATS)
         uniform(bench, "macs", TIMES, FORMATS)
 
@@ -368,7 +369,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="number of the pair of seeds; all by default")
     parser.add_argument("--weights", type=Path, default=Path("accuracy-weights"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--part", choices=PARTS, help="goal, then main, then rest by default")
+    parser.add_argument("--part", choices=PARTS, help="all, in this order, by default")
     parser.add_argument("--brief", action="store_true", help="leave out the steps before data-aware")
     options = parser.parse_args()
     if options.command == "train":
