@@ -40,7 +40,8 @@ DECOMPOSITIONS = """## Decomposition
 Every convolution across its seven cuts, as an MPS and as Tucker-2, at a quarter of its parameters:
 the layers side by side on all cores, beside tensorly at the same ranks (the faster of its numpy and PyTorch
 backends). *excess* is the largest amount, relative, by which an error of ours is above tensorly's (negative:
-below). *memory*: the most that the process took beyond the kernels, over the size of the largest kernel.
+below). *memory*: the most that one decomposition took beyond what was there, over the size of the largest
+kernel.
 """
 
 GOALS = {("svd", 8): 3.4, ("tucker", 8): 3.4, ("mps", 8): 3.1, ("svd", 1): 2.8, ("tucker", 1): 2.8}

@@ -9,18 +9,20 @@
 Each convolution of a network (weights as torchvision initialises them, seed 0) is truncated across its seven
 cuts and decomposed to an MPS (tensor train) and to Tucker-2, at a quarter of its parameters; the two sides
 take turns layer by layer. tensorly runs on its numpy and on its PyTorch backend, and the faster counts.
-Memory is what the process held resident at the most beyond what it held before, in a run of its own.
+Memory is the most that the process held resident during one of them beyond before, in a run of its own.
 `--cp` does the same for CP at rank 256 of kernels with 512 channels, `--compress` plans and compresses a
 network with a policy on the error.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from benchmark_rows import append, machine
@@ -155,13 +157,25 @@ def measure(network):
 
 
 def measure_memory(network):
-    """Return the bytes that decomposing all kernels, one after another, takes beyond what was there."""
-    kernels = kernels_of(network)
-    ours(kernels[0][:8, :8], tasks((8, 8, *kernels[0].shape[2:])))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Return the most bytes that any decomposition of a kernel takes beyond what was there before it."""
+    kernels, most = kernels_of(network), 0
+    small = torch.randn(256, 256, 3, 3)
+    ours(small, tasks(tuple(small.shape)))  # what libraries take once
     for kernel in kernels:
-        ours(kernel, tasks(tuple(kernel.shape)))
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        for task in tasks(tuple(kernel.shape)):
+            gc.collect()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the largest resident set begins anew
+            before = resident("VmRSS")
+            ours(kernel, [task])
+            most = max(most, resident("VmHWM") - before)
+    return most
+
+
+def resident(field):
+    """Return a field of the process's status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def measure_cp(sweeps=100):
