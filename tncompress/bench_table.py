@@ -13,7 +13,7 @@ from tncompress.tables import markdown_table, ratio, render
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("batch", "model", "way", "median", "quartiles", "samples/s")
+COLUMNS: tuple[str, ...] = ("batch", "model", "way", "median", "quartiles", "samples/s")
 COLUMNS += ("to dense", "to best dense", "difference")
 """Of the table. The last three: how many times faster than dense run in the same way, and in its fastest way;
 how far the outputs are from those of the same model run eagerly."""

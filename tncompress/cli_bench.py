@@ -65,7 +65,7 @@ def bench(
     if calibrate:
         fitted = _calibrate(where, threads, dtype, progress=not as_json)
         if folder is None and model is None:
-            cli.show(fitted, as_json=as_json)
+            cli.show(fitted if as_json else str(fitted), as_json=as_json)
             return
         cli.say(str(fitted))
     sizes, asked = _whole_numbers(batches), ways.split(",") if ways is not None else None

@@ -20,7 +20,7 @@ from tncompress.cost_model import in_turns
 from tncompress.geometry import ConvGeometry
 from tncompress.machine import Machine, Terms, keep_machine, terms
 from tncompress.noise import Load, device_name
-from tncompress.prepacked import FrozenChain
+from tncompress.prepacked import FrozenChain, may_pack
 from tncompress.tables import percent, watched
 from tncompress.threads import with_threads
 
@@ -32,6 +32,9 @@ WIDTHS = (16, 8, 32, 64, 4, 1)
 
 LIMITS = {"cpu": (1e9, 2**23, 56, 8), "cuda": (2e11, 2**28, 112, 64)}
 """Of each convolution: operations, numbers read and written, image side, batch, at most."""
+
+OUTLYING = 0.3
+"""Relative error from which a time says nothing about the width any more."""
 
 RANGE = 1e6
 """How many times larger or smaller than the built-in ones constants may be."""
@@ -164,7 +167,7 @@ def _channels(rng: random.Random) -> int:
 
 
 def measured(setting: Setting, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the least seconds of a convolution as frozen layers run it, of some runs."""
+    """Return the least seconds of a convolution as it runs within a frozen layer, of some runs."""
     into = setting.out if setting.depthwise else setting.into
     high, wide = setting.kernel
     groups = setting.out if setting.depthwise else 1
@@ -175,23 +178,26 @@ def measured(setting: Setting, device: torch.device, dtype: torch.dtype) -> floa
         x = torch.randn(setting.batch, into, setting.side, setting.side, device=device, dtype=dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         bias = conv.bias.detach() if conv.bias is not None else None
-        chain = FrozenChain(geometry, [dense_stage(geometry)], [conv.weight.detach()], bias)
-    return in_turns([lambda: chain(x)])[0]
+        chain: Any = FrozenChain(geometry, [dense_stage(geometry)], [conv.weight.detach()], bias)
+        run, may = chain.convolutions[0].run, may_pack(x)
+    return in_turns([lambda: run(x, None, may)])[0]
 
 
 def fit_machine(known: Sequence[Terms], seconds: Sequence[float], *, itemsize: int = 4) -> Machine:
     """Return the machine with the least sum of absolute relative errors, which outliers hardly move.
 
     Seconds are linear in the start and in what the speeds are divided into, so that this is a linear program;
-    it is solved for each width.
+    it is solved for each width, of which the best is taken, with errors above :data:`OUTLYING` counted as that.
     """
     solved = [_fit(known, seconds, width, itemsize) for width in WIDTHS]
-    return min(solved, key=lambda pair: round(pair[0], 9))[1]
+
+    def clipped(machine: Machine) -> float:
+        return round(sum(min(error, OUTLYING) for error in relative_errors(machine, known, seconds)), 9)
+
+    return min(solved, key=clipped)
 
 
-def _fit(
-    known: Sequence[Terms], seconds: Sequence[float], width: int, itemsize: int
-) -> tuple[float, Machine]:
+def _fit(known: Sequence[Terms], seconds: Sequence[float], width: int, itemsize: int) -> Machine:
     usual = Machine(width=width, itemsize=itemsize)
     columns = np.array([_parts(usual, each) for each in known]) / np.array(seconds)[:, None]
     count, constants = columns.shape
@@ -206,7 +212,7 @@ def _fit(
     if not result.success:
         raise ValueError(f"no cost model fits what was measured: {result.message}")
     start, products, memory, depthwise = (float(value) for value in result.x[:constants])
-    machine = Machine(
+    return Machine(
         start=usual.start * start,
         products=usual.products / products,
         memory=usual.memory / memory,
@@ -214,7 +220,6 @@ def _fit(
         width=width,
         itemsize=itemsize,
     )
-    return float(result.fun), machine
 
 
 def _parts(machine: Machine, each: Terms) -> list[float]:
