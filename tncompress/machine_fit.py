@@ -187,7 +187,7 @@ def fit_machine(known: Sequence[Terms], seconds: Sequence[float], *, itemsize: i
     """Return the machine with the least sum of absolute relative errors, which outliers hardly move.
 
     Seconds are linear in the start and in what the speeds are divided into, so that this is a linear program;
-    it is solved for each width, of which the best is taken, with errors above :data:`OUTLYING` counted as that.
+    it is solved for each width, of which the best is taken; errors above :data:`OUTLYING` count as that.
     """
     solved = [_fit(known, seconds, width, itemsize) for width in WIDTHS]
 
