@@ -163,6 +163,18 @@ def test_what_autograd_keeps_is_counted_once():
     assert activation_bytes(both.eval(), x) == 4 * 75 * (4 + 8)
 
 
+def test_two_views_of_one_storage_are_counted_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(5, 7), nn.Linear(5, 7)
+
+        def forward(self, x):
+            return self.one(x[:3]) + self.other(x.view(x.shape)[3:])
+
+    assert activation_bytes(Twice(), torch.randn(6, 5)) == 4 * 30
+
+
 def test_it_leaves_no_trace():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).eval()
     before = copy.deepcopy(model.state_dict())
