@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
-from scipy.optimize import linprog
 from torch import nn
 
 from tncompress.contraction import dense_stage
@@ -198,6 +196,9 @@ def fit_machine(known: Sequence[Terms], seconds: Sequence[float], *, itemsize: i
 
 
 def _fit(known: Sequence[Terms], seconds: Sequence[float], width: int, itemsize: int) -> Machine:
+    from scipy import sparse  # takes its time to import
+    from scipy.optimize import linprog
+
     usual = Machine(width=width, itemsize=itemsize)
     columns = np.array([_parts(usual, each) for each in known]) / np.array(seconds)[:, None]
     count, constants = columns.shape
