@@ -17,7 +17,7 @@ from torch import nn
 
 install_import_hook("tncompress", "beartype.beartype")
 
-from tncompress import ranks  # noqa: E402 - after the hook
+from tncompress import machine, ranks  # noqa: E402 - after the hook
 from tncompress.formats import CP, MPS, SVD, Format, Tucker  # noqa: E402
 
 
@@ -54,6 +54,12 @@ def seed():
     """The same random numbers in every test, whichever tests ran before it."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(autouse=True)
+def no_fitted_machine(monkeypatch, tmp_path):
+    """The built-in cost model, whatever was fitted to the machine that runs the tests."""
+    monkeypatch.setattr(machine, "machines_file", lambda: tmp_path / "no-machines.json")
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ True
 """
 
 from tncompress.atlas import CutAtlas, CutRow, atlas
+from tncompress.bench_table import Bench, Timing
+from tncompress.benching import bench
 from tncompress.calibrate import Calibration, calibrate
 from tncompress.cost_model import choose_contractions_
 from tncompress.cuts import Cut
@@ -29,8 +31,10 @@ from tncompress.interop import (
     to_tensornetwork,
     to_tltorch,
 )
-from tncompress.layers import TNConv
-from tncompress.measure import evaluate
+from tncompress.layers import TNConv, checkpoint_activations_
+from tncompress.machine import Machine
+from tncompress.machine_fit import calibrate_machine
+from tncompress.measure import activation_bytes, evaluate
 from tncompress.plan import BudgetReport, LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
 from tncompress.programs import export_program
@@ -66,6 +70,7 @@ __all__ = [
     "MPS",
     "SVD",
     "AchievedCut",
+    "Bench",
     "Budget",
     "BudgetReport",
     "Calibration",
@@ -83,6 +88,7 @@ __all__ = [
     "History",
     "KernelNodes",
     "LayerPlan",
+    "Machine",
     "ParamsRatio",
     "Plan",
     "RankFraction",
@@ -96,11 +102,16 @@ __all__ = [
     "Spec",
     "Sweep",
     "TNConv",
+    "Timing",
     "Truncation",
     "Tucker",
+    "activation_bytes",
     "atlas",
+    "bench",
     "build_model",
     "calibrate",
+    "calibrate_machine",
+    "checkpoint_activations_",
     "choose_contractions_",
     "compress",
     "evaluate",

@@ -9,6 +9,7 @@ import typer
 
 from tncompress import cli_options as cli
 from tncompress.cli_atlas import atlas
+from tncompress.cli_bench import bench
 from tncompress.cli_plan import calibrate, compress, plan, sensitivity
 from tncompress.cli_result import export, repair, report
 from tncompress.cli_sweep import sweep
@@ -87,6 +88,7 @@ STEPS = (
     finetune,
     evaluate,
     report,
+    bench,
     export,
 )
 for step in STEPS:

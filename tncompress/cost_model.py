@@ -15,6 +15,7 @@ from tncompress.costs import Calls
 from tncompress.geometry import ConvGeometry
 from tncompress.latency import modelled
 from tncompress.layers import TNConv
+from tncompress.machine import machine_for
 from tncompress.measure import benchmark_classes
 from tncompress.prepacked import FrozenChain, own_weights
 from tncompress.running import input_shapes
@@ -34,11 +35,19 @@ def modelled_contraction(layer: TNConv, calls: Calls) -> Contraction:
     return shortlist(layer, calls, within=1.0, most=1)[0]
 
 
-def shortlist(layer: TNConv, calls: Calls, *, within: float = WITHIN, most: int = MOST) -> list[Contraction]:
+def shortlist(
+    layer: TNConv,
+    calls: Calls,
+    *,
+    within: float = WITHIN,
+    most: int = MOST,
+    dtype: torch.dtype | None = None,
+) -> list[Contraction]:
     """Return the contractions that may be the fastest by the model of the machine, its best first."""
-    geometry, stages = layer.geometry, layer.stages
+    geometry, stages, first = layer.geometry, layer.stages, layer.factors[0]
+    machine = machine_for(first.device, dtype or first.dtype)
     seconds = {
-        way: sum(modelled(geometry, merged_stages(stages, way.merged), shape) for shape in calls)
+        way: sum(modelled(geometry, merged_stages(stages, way.merged), shape, machine) for shape in calls)
         for way in all_contractions(stages)
     }
     order = sorted(seconds, key=lambda way: seconds[way])
@@ -62,8 +71,8 @@ def fastest_chain(
 ) -> tuple[Contraction, float, float]:
     """Return the contraction with which a frozen layer is the fastest, its seconds, and the dense ones."""
     dense = Contraction.of("kernel", layer.stages)
-    ways = list(dict.fromkeys([*shortlist(layer, calls), dense]))
     dtype = dtype or layer.factors[0].dtype
+    ways = list(dict.fromkeys([*shortlist(layer, calls, dtype=dtype), dense]))
     with torch.inference_mode(False), torch.no_grad():
         inputs = [
             _channels_last(torch.randn(shape, dtype=dtype, device=layer.factors[0].device)) for shape in calls

@@ -1,8 +1,6 @@
 """The latency of a layer: measured at the shapes of its calls, or from a model of the machine.
 
-The model is a line for each convolution: a start, its products at the machine's speed for large matrices,
-and its inputs and outputs at the speed of memory. Output channels count in sixteens, the width of a vector
-register. On 2 cores of a Zen 4 in float32 it came within a tenth of the best of 110 ways to run a chain.
+The model is that of :mod:`tncompress.machine`, fitted to this device where that was done.
 """
 
 from __future__ import annotations
@@ -20,10 +18,8 @@ from tncompress.costs import Calls, samples_and_lengths, stages_now
 from tncompress.discovery import Layer
 from tncompress.formats import Stage
 from tncompress.geometry import ConvGeometry
+from tncompress.machine import Machine, machine_for, terms
 from tncompress.measure import benchmark_classes, latencies
-
-START, PRODUCTS, MEMORY, DEPTHWISE, WIDTH = 10e-6, 180e9, 60e9, 25e9, 16
-"""Of the model: seconds, operations a second, bytes a second (depthwise: for its outputs), channels."""
 
 REPEATS, SECONDS = 3, 0.004
 """How often a chain is measured, and for how long at least each time; the median counts."""
@@ -44,7 +40,7 @@ class Clock:
             key = geometry, tuple(stages), shape, weight.dtype, weight.device
             if key not in self._known:
                 self._known[key] = (
-                    modelled(geometry, stages, shape)
+                    modelled(geometry, stages, shape, machine_for(weight.device, weight.dtype))
                     if self.source == "model"
                     else measured(geometry, stages, shape, dtype=weight.dtype, device=weight.device)
                 )
@@ -65,20 +61,23 @@ class Clock:
         return max(layers, latencies([model], example_inputs, seconds=0.5)[0].median)
 
 
-def modelled(geometry: ConvGeometry, stages: Sequence[Stage], shape: tuple[int, ...]) -> float:
+def modelled(
+    geometry: ConvGeometry, stages: Sequence[Stage], shape: tuple[int, ...], machine: Machine | None = None
+) -> float:
     """Return the seconds that the model of the machine gives a chain on an input of this shape."""
     samples, lengths = samples_and_lengths(shape, geometry.ndim)
-    total = 0.0
+    total, machine = 0.0, machine or Machine()
     for stage, each in zip(stages, chain_pixels(geometry, stages, lengths), strict=True):
-        pixels, groups = samples * each, geometry.groups * stage.groups
-        out, into = stage.shape[0] // stage.groups, stage.shape[1]
-        seconds = START + 4 * pixels * groups * (into + out) / MEMORY
-        if groups > 1 and into == 1:
-            seconds += 8 * pixels * groups * out / DEPTHWISE
-        else:
-            padded = -(-out // WIDTH) * WIDTH
-            seconds += 2 * pixels * groups * math.prod(stage.shape[1:]) * padded / PRODUCTS
-        total += seconds
+        into, *window = stage.shape[1:]
+        total += machine.seconds(
+            terms(
+                pixels=samples * each,
+                groups=geometry.groups * stage.groups,
+                into=into,
+                out=stage.shape[0] // stage.groups,
+                window=math.prod(window),
+            )
+        )
     return total
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tncompress.contraction import chain_calls, run_chain
+from tncompress.contraction import ConvCall, chain_calls, run_chain
 from tncompress.formats.base import Format
 from tncompress.geometry import ConvGeometry
 from tncompress.strategies import (
@@ -20,6 +21,8 @@ from tncompress.strategies import (
     merged_stages,
     merged_weights,
 )
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def _of_torch(name: str) -> property:
@@ -57,6 +60,9 @@ class TNConv(nn.Module):
     padding, padding_mode = _of_torch("padding"), _of_torch("padding_mode")
     output_padding, groups = _of_torch("output_padding"), _of_torch("groups")
     transposed = _of_torch("transposed")
+
+    checkpointing = False
+    """Whether a training step keeps the input of the layer only, and computes what lies in between again."""
 
     def __init__(
         self,
@@ -165,7 +171,18 @@ class TNConv(nn.Module):
             calls = chain_calls(geometry, self.running)
         if self._einsum is not None:
             return self._einsum(input, self.tensors(), self.bias, geometry)
-        return run_chain(input, self.weights(), self.running, calls, self.bias, groups=geometry.groups)
+        if self.checkpointing and self._may_checkpoint():
+            return checkpoint(self._chain, input, calls, use_reentrant=False, preserve_rng_state=False)
+        return self._chain(input, calls)
+
+    def _chain(self, input: Tensor, calls: Sequence[ConvCall]) -> Tensor:
+        return run_chain(input, self.weights(), self.running, calls, self.bias, groups=self.geometry.groups)
+
+    def _may_checkpoint(self) -> bool:
+        """Say whether this is a training step, which has something in between, and takes no second pass."""
+        in_between = len(self.stages) > 1  # the chain's results, or the merged weights
+        transformed = not torch.compiler.is_compiling() and in_transform()
+        return self.training and torch.is_grad_enabled() and in_between and not transformed
 
     def _geometry_for(self, input: Tensor, output_size: Sequence[int]) -> ConvGeometry:
         geometry = self.geometry
@@ -195,7 +212,37 @@ class TNConv(nn.Module):
         made = f"{self.format}, kernel={shape}, ranks={self.ranks}, bias={self.bias is not None}"
         made += f", groups={self.groups}" if self.geometry.groups > 1 else ""
         made += f", contraction={self.contraction}" if str(self.contraction) != "chain" else ""
+        made += ", checkpointing" if self.checkpointing else ""
         return made + (", transposed" if self.geometry.transposed else "")
+
+
+def checkpoint_activations_(model: M, on: bool = True) -> M:
+    """Have every :class:`TNConv` of ``model`` keep its input only in training, and return the model.
+
+    What lies between the convolutions of a layer, which is as large as its bonds, is then computed again in
+    the backward pass: the layer keeps what the dense one would, for one more forward pass of most of its
+    convolutions. Outputs and gradients stay the same. In eval mode, without gradients, and within
+    ``torch.func`` it makes no difference. It is a setting of a training run: copies and pickles keep it,
+    ``state_dict`` and saved models know nothing of it. :func:`tncompress.activation_bytes` measures it.
+
+    >>> import tncompress as tnc
+    >>> model = tnc.compress(tnc.build_model("zoo:cnn4"), {"default": {"format": "mps"}})
+    >>> x = torch.randn(2, 1, 28, 28)
+    >>> before = tnc.activation_bytes(model, x)
+    >>> tnc.activation_bytes(tnc.checkpoint_activations_(model), x) < before
+    True
+    """
+    layers = [module for module in model.modules() if isinstance(module, TNConv)]
+    if not layers:
+        raise ValueError("wanted a model with compressed layers, got one without any: compress it first")
+    for layer in layers:
+        layer.checkpointing = on
+    return model
+
+
+def in_transform() -> bool:
+    """Say whether a transform of ``torch.func`` runs, which refuses what checkpoints are made of."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _ranks_of(format: Format, geometry: ConvGeometry, factors: Sequence[Tensor]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tncompress.running import call_model, eval_mode
+from tncompress.running import call_model, copy_model, eval_mode
 from tncompress.weights import save_weights
 
 
@@ -148,6 +148,32 @@ def peak_memory(model: nn.Module, example_inputs: Any) -> int:
     with eval_mode(model), tracker:
         call_model(model, example_inputs)
     return tracker.peak
+
+
+def activation_bytes(model: nn.Module, example_inputs: Any) -> int:
+    """Return the bytes that autograd keeps between a forward pass in training and its backward pass.
+
+    They are those of the storages saved for gradients, each counted once: inputs and intermediate results,
+    not parameters and buffers, which are there anyway. The pass is made by a copy of the model, in training
+    mode, so that statistics and modes stay what they are.
+
+    >>> chain = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 2, 1))
+    >>> activation_bytes(chain, torch.randn(1, 4, 10, 10)) == 4 * (4 + 8) * 100
+    True
+    """
+    copied = copy_model(model).train()
+    held = {t.untyped_storage()._cdata for t in [*copied.parameters(), *copied.buffers()]}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in held:
+            saved.setdefault(key, tensor)  # held, so that no other storage takes its place
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call_model(copied, example_inputs)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 class _StorageTracker(TorchDispatchMode):

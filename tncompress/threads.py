@@ -7,14 +7,28 @@ machine is busy. Two of them beside each other take half the time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@contextmanager
+def with_threads(count: int | None) -> Iterator[None]:
+    """Run the block with so many threads of torch's; None leaves them as they are."""
+    if count is not None and count < 1:
+        raise ValueError(f"wanted at least one thread, got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def side_by_side(

@@ -10,16 +10,9 @@ from pathlib import Path
 import torch
 
 from tncompress.measure import benchmark_classes
+from tncompress.noise import ADVISED, settings
 
 ROWS = Path(__file__).parents[2] / "docs" / "benchmarks.jsonl"
-
-SETTINGS = {
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
-    "MALLOC_TOP_PAD_": "268435456",
-    "OMP_WAIT_POLICY": "ACTIVE",
-}
-"""The settings of the allocator and of OpenMP that are advised, to be set before Python starts."""
 
 
 def machine(threads):
@@ -34,14 +27,14 @@ def machine(threads):
 
 
 def environment():
-    """Return ``"advised"`` where all settings are as advised, else ``"default"``."""
-    return "advised" if all(os.environ.get(key) == value for key, value in SETTINGS.items()) else "default"
+    """Return ``"advised"`` where the settings of allocator and OpenMP are as advised, else ``"default"``."""
+    return "advised" if settings() == ADVISED else "default"
 
 
 def with_advised_environment(arguments):
     """Begin this Python again with the settings that are advised, unless it has them."""
     if environment() == "default":
-        os.execve(sys.executable, [sys.executable, *arguments], os.environ | SETTINGS)
+        os.execve(sys.executable, [sys.executable, *arguments], os.environ | ADVISED)
 
 
 def append(row):

@@ -19,7 +19,6 @@ from functools import partial
 import torch
 from benchmark_rows import (
     ROWS,
-    SETTINGS,
     append,
     environment,
     known,
@@ -254,7 +253,7 @@ def main():
         with_advised_environment(sys.argv)
     torch.set_num_threads(options.threads)
     if options.what == "page":
-        write_page(known(), ROWS.with_suffix(".md"), SETTINGS)
+        write_page(known(), ROWS.with_suffix(".md"))
         return
     {"layers": run_layers, "choices": run_choices}[options.what](options)
 
