@@ -121,6 +121,14 @@ def choices(rows):
     head = ["chosen by", "mean time / best", "worst", "within 10 % of the best"]
     text = f"""## Choice of the contraction
 
+{len(rows)} random layers (channels 32 to 512, kernels 3 and 5, strides 1 and 2, batches 1 to 8, cuts of 2x
+to 8x) that nothing was fitted on; all ways to merge neighbours were then measured beside the one that was
+chosen. The goal is 98 % within 10 %. The choice and the check are two measurements, so that noise counts
+against it.
+
+"""
+    return text + markdown_table(head, table) + "\n"
+
 
 SECTIONS = {
     "layer": layers,
