@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from tncompress.latency import modelled
 from tncompress.layers import TNConv
 from tncompress.machine import machine_for
 from tncompress.measure import benchmark_classes
-from tncompress.prepacked import FrozenChain, own_weights
+from tncompress.prepacked import FrozenChain, FrozenConv, own_weights
 from tncompress.running import input_shapes
 from tncompress.strategies import Contraction, all_contractions, merged_stages, merged_weights
 
@@ -66,8 +67,56 @@ def measured_contraction(layer: TNConv, calls: Calls) -> Contraction:
     return ways[seconds.index(min(seconds))]
 
 
+Packing = dict[Any, bool]
+"""For a kind of convolution and of input, whether it is faster with its weight packed for the backend."""
+
+
+def choose_packing_(model: nn.Module, run: Callable[[], Any], known: Packing | None = None) -> None:
+    """Pack the weights of those convolutions of ``model`` only that are faster for it, as ``run`` calls them.
+
+    The backend's own call takes some 25 us longer to begin than torch's, which small convolutions do not win
+    back. Each kind is measured once, and ``known`` remembers it.
+    """
+    known = {} if known is None else known
+    convolutions = [m for m in model.modules() if isinstance(m, FrozenConv) and m.pack]
+    seen: dict[FrozenConv, tuple[tuple[int, ...], torch.dtype, bool]] = {}
+
+    def listen(convolution: FrozenConv) -> Callable[..., Tensor]:
+        def runs(x: Tensor, other: Tensor | None, may: bool) -> Tensor:
+            if may and (other is None or convolution.fits(x, other)):
+                seen.setdefault(convolution, (tuple(x.shape), x.dtype, other is not None))
+            return FrozenConv.run(convolution, x, other, may)
+
+        return runs
+
+    for convolution in convolutions:
+        convolution.__dict__["run"] = listen(convolution)
+    try:
+        run()
+    finally:
+        for convolution in convolutions:
+            del convolution.__dict__["run"]
+    for convolution, (shape, dtype, added) in seen.items():
+        key = tuple(convolution.weight.shape), convolution.call, convolution.activation, shape, dtype, added
+        if key not in known:
+            known[key] = _faster_packed(convolution, shape, dtype, added=added)
+        convolution.pack = known[key]
+
+
+def _faster_packed(
+    convolution: FrozenConv, shape: tuple[int, ...], dtype: torch.dtype, *, added: bool
+) -> bool:
+    x = _channels_last(torch.randn(shape, dtype=dtype))
+    variants = [copy.copy(convolution) for _ in range(2)]
+    variants[1].pack = False
+    with torch.inference_mode():
+        other = torch.randn_like(convolution.run(x, None, True)) if added else None
+        packed, plain = in_turns([partial(each.run, x, other, True) for each in variants])
+    return packed <= plain
+
+
 def fastest_chain(
-    layer: TNConv, calls: Calls, *, dtype: torch.dtype | None = None
+    layer: TNConv, calls: Calls, *, dtype: torch.dtype | None = None, packing: Packing | None = None
 ) -> tuple[Contraction, float, float]:
     """Return the contraction with which a frozen layer is the fastest, its seconds, and the dense ones."""
     dense = Contraction.of("kernel", layer.stages)
@@ -78,6 +127,9 @@ def fastest_chain(
             _channels_last(torch.randn(shape, dtype=dtype, device=layer.factors[0].device)) for shape in calls
         ]
         chains = [_frozen_layer(layer, way, dtype) for way in ways]
+    with torch.inference_mode():
+        for chain in chains:
+            choose_packing_(chain, partial(_run_all, chain, inputs), packing)
     seconds = in_turns([partial(_run_all, chain, inputs) for chain in chains])
     best = seconds.index(min(seconds))
     return ways[best], seconds[best], seconds[ways.index(dense)]

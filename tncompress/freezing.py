@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tncompress.cost_model import fastest_chain, in_turns
+from tncompress.cost_model import Packing, choose_packing_, fastest_chain, in_turns
 from tncompress.discovery import refuse_wrapped
 from tncompress.folding import fold, folded_weights, trace, units_of
 from tncompress.layers import TNConv
@@ -88,9 +88,10 @@ def freeze(
     Each tensor-network layer runs in the way that is measured to be the fastest on inputs like
     ``example_inputs`` (a tensor, a tuple of arguments or a mapping): the chain, with neighbouring cores
     merged, or dense again. BatchNorm is folded into the weights; additions and activations join the
-    convolution before them; weights are laid out for the backend. Whole models frozen with and without the
-    backend's layout, and with every layer dense again, are run in turns, and the fastest is returned, so
-    that it is none of these that would have been faster. ``seconds`` is the time for each of them.
+    convolution before them; weights are packed for the backend where that is measured to be faster. Whole
+    models frozen with and without the backend's layout, and with every layer dense again, are run in turns,
+    and the fastest is returned, so that it is none of these that would have been faster. ``seconds`` is the
+    time for each of them.
 
     ``dtype=torch.bfloat16`` computes in that precision (about 1e-2 relative to the outputs), and takes and
     returns float32. ``compile`` adds what ``torch.compile`` makes of it, which takes minutes. Any
@@ -124,6 +125,7 @@ class _Maker:
     inputs: Any
     dtype: torch.dtype | None
     chosen: dict[str, FrozenLayer] = field(default_factory=dict)
+    packing: Packing = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype == _dtype_of(self.model):
@@ -148,7 +150,7 @@ class _Maker:
             shapes = tuple(self.shapes[name])
             key = layer.geometry, layer.stages, shapes, self.dtype
             if key not in known:
-                known[key] = fastest_chain(layer, shapes, dtype=self.dtype)
+                known[key] = fastest_chain(layer, shapes, dtype=self.dtype, packing=self.packing)
             way, time, dense = known[key]
             self.chosen[name] = FrozenLayer(name, str(way), time, dense)
             layer.contract(way)
@@ -204,6 +206,8 @@ class _Maker:
         """Say whether ``frozen`` computes what the model does, and note how nearly."""
         try:
             with torch.inference_mode():
+                if frozen.way.startswith("packed"):
+                    choose_packing_(frozen, lambda: call_model(frozen, self.inputs), self.packing)
                 found = _tensors(call_model(frozen, self.inputs))
         except Exception:  # a layout that some view of the model can't take
             if frozen.way.startswith("as it is"):

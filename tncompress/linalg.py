@@ -17,8 +17,8 @@ from torch import Tensor
 GRAM_FLOOR = 1e-10
 """Smallest eigenvalue of a Gram matrix, over the largest, that is trusted: it has about six digits."""
 
-SINGLE_SIDE, SINGLE_FLOOR = 48, 1e-4
-"""The shortest matrix, and the least discarded weight, relative, for which float32 finds what to keep."""
+SINGLE_SIDE, SINGLE_FLOOR, SINGLE_PEAKS = 48, 1e-4, (1e-30, 1e30)
+"""Where float32 finds what to keep: the shortest side, the least relative loss, the bounds of entries."""
 
 JOINT_PRECISION = 1e-7
 """How far off a value of :func:`joint_singular_values` may be, over the norm, where it is not ``exact``."""
@@ -80,8 +80,8 @@ def leading(
     exact = torch.get_float32_matmul_precision() == "highest" and matrix.device.type == "cpu"
     if single and short >= SINGLE_SIDE and rank < short and exact:
         total, peak = squared_norm(matrix), float(torch.linalg.vector_norm(matrix, math.inf))
-        if total > 0:
-            u = orthonormalised(leading_vectors((matrix / peak).float(), rank).to(matrix.dtype))
+        if SINGLE_PEAKS[0] < peak < SINGLE_PEAKS[1]:
+            u = orthonormalised(leading_vectors(matrix.float().div_(peak), rank).to(matrix.dtype))
             rest = u.mT @ matrix
             discarded = total - squared_norm(rest)
             if discarded > SINGLE_FLOOR * total:
@@ -96,8 +96,10 @@ def leading_vectors(matrix: Float[Tensor, "m n"], rank: int) -> Float[Tensor, "m
         return svd(matrix)[0][:, :rank]
     m, n = matrix.shape
     gram = matrix @ matrix.mT if m <= n else matrix.mT @ matrix
-    vectors = torch.linalg.eigh(gram)[1][:, -rank:].flip(1)
-    return vectors if m <= n else torch.linalg.qr(matrix @ vectors).Q
+    if m <= n:
+        del matrix  # its memory is wanted for what follows
+        return torch.linalg.eigh(gram)[1][:, -rank:].flip(1)
+    return torch.linalg.qr(matrix @ torch.linalg.eigh(gram)[1][:, -rank:].flip(1)).Q
 
 
 def squared_norm(tensor: Tensor) -> float:

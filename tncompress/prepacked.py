@@ -69,7 +69,7 @@ class FrozenConv(nn.Module):
 
     def run(self, x: Tensor, other: Tensor | None, may: bool) -> Tensor:
         """Return :meth:`forward`'s output; ``may`` says whether oneDNN may see ``x`` as it is."""
-        if may and self.pack and (other is None or self._fits(x, other)):
+        if may and self.pack and (other is None or self.fits(x, other)):
             packed = self._packed_weight(x)
             if packed is not None:
                 return self._run_packed(x, packed, other)
@@ -77,7 +77,7 @@ class FrozenConv(nn.Module):
         x = x if other is None else x + other
         return x if self.activation is None else ACTIVATIONS[self.activation][0](x)
 
-    def _fits(self, x: Tensor, other: Tensor) -> bool:
+    def fits(self, x: Tensor, other: Tensor) -> bool:
         """Say whether ``other`` surely has the output's shape and dtype: oneDNN does not broadcast."""
         if type(other) is not Tensor or other.dtype != x.dtype or other.ndim != 4:
             return False
