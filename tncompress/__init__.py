@@ -37,6 +37,7 @@ from tncompress.programs import export_program
 from tncompress.repair import RepairReport, repair
 from tncompress.report import Report, report
 from tncompress.responses import Sensitivity
+from tncompress.retruncation import Retruncation, retruncate
 from tncompress.sensitivity import quick_sensitivity, sensitivity
 from tncompress.spec import (
     EVBMF,
@@ -89,6 +90,7 @@ __all__ = [
     "RelError",
     "RepairReport",
     "Report",
+    "Retruncation",
     "Rule",
     "Sensitivity",
     "Settings",
@@ -119,6 +121,7 @@ __all__ = [
     "register_format",
     "repair",
     "report",
+    "retruncate",
     "save",
     "save_weights",
     "sensitivity",
