@@ -276,6 +276,10 @@ MISUSE = {
         "finetune small --data digits --checkpoint others --out t",
         "holds no checkpoint (no checkpoint.json): choose another folder",
     ),
+    "workers without slices": (
+        "finetune small --data digits --workers 2 --out t",
+        "share out the slices of local_epochs, got none of those",
+    ),
     "no tensorboard": (
         "finetune small --data digits --log-dir logs --out t",
         "--log-dir needs tensorboard, which is not there: pip install tensorboard",

@@ -31,6 +31,14 @@ CheckpointOption = Annotated[
         "--checkpoint", help="A folder to go on from if killed; default: OUT.checkpoint, removed after."
     ),
 ]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Processes for slices (local_epochs), or actors with --address."),
+]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of each of them.")]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="A Ray cluster for slices: auto, local, ray://host:port.")
+]
 
 
 @cli.guarded
@@ -82,6 +90,9 @@ def finetune(
         Path | None, typer.Option("--csv", help="A file for the history, a row an epoch.")
     ] = None,
     log_dir: Annotated[Path | None, typer.Option("--log-dir", help="A folder for TensorBoard.")] = None,
+    workers: WorkersOption = None,
+    threads: ThreadsOption = None,
+    address: AddressOption = None,
     model: cli.ModelForFolder = None,
     weights: cli.DenseOption = None,
     data_dir: cli.DataDirOption = None,
@@ -94,7 +105,8 @@ def finetune(
     """Fine-tune a compressed model, with the dense one as its teacher and its control.
 
     A run that was killed goes on where it was when the same command is given again. On several GPUs, or
-    processes: `accelerate launch -m tncompress finetune ...` or `torchrun --nproc-per-node 2 -m ...`.
+    processes: `accelerate launch -m tncompress finetune ...` or `torchrun --nproc-per-node 2 -m ...`. The
+    slices of `local_epochs` can be shared out to `--workers` of this machine, or to a Ray cluster.
 
     Example: `tncompress finetune small --data digits --epochs 3 --out tuned`
     """
@@ -123,6 +135,9 @@ def finetune(
             progress=not as_json,
             checkpoint=place,
             log_dir=log_dir,
+            workers=workers,
+            threads=threads,
+            address=address,
         )
         if not _first_process():
             return
