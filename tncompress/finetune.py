@@ -64,11 +64,11 @@ def finetune(
     another number of them.
     """
     config, crew = FinetuneConfig.parse(config), Crew(workers, threads, address)
-    crew.check(config, launched=_launched())
+    crew.check(config, launched=launched())
     count_batches(train_loader)
     if config.target_recovery is not None and (teacher is None or val_loader is None):
         raise ValueError("target_recovery needs a teacher and a val_loader, to know what was lost")
-    where = device if device is not None else None if _launched() else device_of(small)
+    where = device if device is not None else None if launched() else device_of(small)
     with accelerated(config, where) as accelerator, kept_randomness():
         stages = _Stages(accelerator, train_loader, config, checkpoint)
         tuned = copy_model(small).to(accelerator.device)
@@ -175,7 +175,7 @@ class _Stages:
         return Checkpoint(self.folder / name, run)
 
 
-def _launched() -> bool:
+def launched() -> bool:
     """Say whether this is one of several processes that were started to train together."""
     import os
 
