@@ -59,7 +59,7 @@ def train(
 
     Example: `tncompress train --model zoo:resnet20 --data cifar10 --epochs 30 --out resnet20.safetensors`
     """
-    settings = _training({"lr": 0.1, "epochs": 10}, config, epochs, seed)
+    settings = training_settings({"lr": 0.1, "epochs": 10}, config, epochs, seed)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out is a file that ends in .safetensors, got {out}")
     with new_file(out, overwrite=overwrite) as fresh:
@@ -111,12 +111,12 @@ def finetune(
     Example: `tncompress finetune small --data digits --epochs 3 --out tuned`
     """
     check_writable(out, marker=MANIFEST, overwrite=overwrite)
-    settings = _training({}, config, epochs, seed)
+    settings = training_settings({}, config, epochs, seed)
     _need("matplotlib", curve, "--curve")
     _need("tensorboard", log_dir, "--log-dir")
     place = checkpoint or out.with_name(f"{out.name}.checkpoint")
     with ExitStack() as stack:
-        stack.enter_context(_kept(place))
+        stack.enter_context(kept_place(place))
         files = {
             path: stack.enter_context(new_file(path, overwrite=overwrite))
             for path in (curve, table)
@@ -163,7 +163,7 @@ def _need(library: str, wanted: Path | None, option: str) -> None:
 
 
 @contextmanager
-def _kept(place: Path) -> Iterator[None]:
+def kept_place(place: Path) -> Iterator[None]:
     """Say of an interrupted run where it goes on from."""
     try:
         yield
@@ -193,7 +193,10 @@ def evaluate(
     cli.show({"accuracy": found.accuracy, "loss": found.loss, "images": found.samples}, as_json=as_json)
 
 
-def _training(defaults: dict[str, Any], config: Path | None, epochs: int | None, seed: int) -> FinetuneConfig:
+def training_settings(
+    defaults: dict[str, Any], config: Path | None, epochs: int | None, seed: int
+) -> FinetuneConfig:
+    """Return the settings in the file ``config``, if there is one, over ``defaults`` and the seed."""
     given = read_settings(config, "config") if config is not None else {}
     if not isinstance(given, dict):
         raise ValueError(f"config {config} holds no settings: wanted keys such as epochs and lr")
