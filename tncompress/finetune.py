@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from tncompress.measure import device_of
 from tncompress.objectives import GlobalObjective
 from tncompress.randomness import kept_randomness
 from tncompress.recipe import KEEPING, FinetuneConfig, make_optimizer, make_schedule, parameter_groups
-from tncompress.running import copy_model, kept_modes
+from tncompress.running import channels_last, copy_model, kept_modes
 from tncompress.trainer import Trainer
 from tncompress.watching import Position, Watch
 
@@ -69,13 +69,16 @@ def finetune(
     if config.target_recovery is not None and (teacher is None or val_loader is None):
         raise ValueError("target_recovery needs a teacher and a val_loader, to know what was lost")
     where = device if device is not None else None if launched() else device_of(small)
-    with accelerated(config, where) as accelerator, kept_randomness():
+    with ExitStack() as stack, accelerated(config, where) as accelerator, kept_randomness():
         stages = _Stages(accelerator, train_loader, config, checkpoint)
         tuned = copy_model(small).to(accelerator.device)
         teacher = copy_model(teacher).to(accelerator.device) if teacher is not None else None
+        both = [tuned, teacher] if teacher is not None else [tuned]
+        stack.enter_context(channels_last(*both, on=config.channels_last))
         start = accuracy_of(accelerator, tuned, val_loader) if val_loader is not None else None
-        both = val_loader is not None and teacher is not None
-        dense = accuracy_of(accelerator, teacher, val_loader) if both else None  # type: ignore[arg-type]
+        dense = None
+        if val_loader is not None and teacher is not None:
+            dense = accuracy_of(accelerator, teacher, val_loader)
         goal = config.target_recovery
         watch = Watch("", val_loader, start, dense, goal, progress, _tracker(accelerator, log_dir))
         local, done = Position(), Position()
@@ -114,7 +117,9 @@ def train_(
         raise ValueError("train_ knows of no truncation to recover from: target_recovery is for finetune")
     count_batches(train_loader)
     frozen = kept_modes(teacher) if teacher is not None else nullcontext()
-    with frozen, accelerated(config, device_of(model)) as accelerator, kept_randomness():
+    both = [model, teacher] if teacher is not None else [model]
+    laid = channels_last(*both, on=config.channels_last)
+    with frozen, laid, accelerated(config, device_of(model)) as accelerator, kept_randomness():
         stages = _Stages(accelerator, train_loader, config, checkpoint)
         watch = Watch(label, val_loader, progress=progress)
         return tuple(stages.whole(model, teacher, "trained", watch).epochs)

@@ -68,6 +68,23 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
         yield model.eval()
 
 
+@contextmanager
+def channels_last(*models: nn.Module, on: bool = True) -> Iterator[None]:
+    """Have kernels of four axes in ``models`` laid out channels last while the block runs, where ``on``.
+
+    Each comes out with the layout that it had. Parameters stay the same objects.
+    """
+    held = [p for model in models for p in (*model.parameters(), *model.buffers()) if on and p.ndim == 4]
+    plain = [p for p in held if p.is_contiguous()]
+    for p in held:
+        p.data = p.data.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for p in plain:
+            p.data = p.data.contiguous()
+
+
 def input_shapes(
     model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Any
 ) -> dict[str, list[tuple[int, ...]]]:
