@@ -75,14 +75,15 @@ def channels_last(*models: nn.Module, on: bool = True) -> Iterator[None]:
     Each comes out with the layout that it had. Parameters stay the same objects.
     """
     held = [p for model in models for p in (*model.parameters(), *model.buffers()) if on and p.ndim == 4]
-    plain = [p for p in held if p.is_contiguous()]
+    before = [p.stride() for p in held]
     for p in held:
         p.data = p.data.to(memory_format=torch.channels_last)
     try:
         yield
     finally:
-        for p in plain:
-            p.data = p.data.contiguous()
+        for p, strides in zip(held, before, strict=True):
+            fresh = torch.empty_strided(p.shape, strides, dtype=p.dtype, device=p.device)
+            p.data = fresh.copy_(p.data)
 
 
 def input_shapes(
