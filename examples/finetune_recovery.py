@@ -403,6 +403,7 @@ def parsed(arguments: list | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--images", type=int, default=IMAGES, help="unlabelled ones")
+    parser.add_argument("--batch", type=int, default=64, help="of a timed step")
     parser.add_argument("--rounds", type=int, default=12, help="of timing a step")
     parser.add_argument("--weights", type=Path, default=Path("accuracy-weights"))
     parser.add_argument("--results", type=Path, default=RESULTS)
