@@ -54,7 +54,9 @@ RECIPES = {
     "balanced": {"balance": True},
     "rebalanced": {"balance": True, "rebalance_every": 200},
     "rate x 0.5": {"lr": 0.01},
-    "rate x 2.5": {"lr": 0.05},
+    "rate x 0.25": {"lr": 0.005},
+    "rate x 0.1": {"lr": 0.002},
+    "factors' rate x 0.25": {"lr_factors": 0.005},
     "adamw": {"optimizer": "adamw"},
     "ema": {"ema": 0.998},
 }
