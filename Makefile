@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all bugs test-fast lint docs bench grid zoo accuracy atlas clean
+.PHONY: demo test test-all bugs test-fast lint docs bench grid zoo accuracy recovery atlas clean
 
 demo: $(VENV)/.base
 	$(BIN)/tncompress demo --overwrite $(ARGS)
@@ -46,6 +46,12 @@ accuracy: $(VENV)/.base
 	$(BIN)/python examples/accuracy_at_size.py time --network resnet20
 	$(BIN)/python examples/accuracy_at_size.py time --network resnet50
 	$(BIN)/python examples/accuracy_at_size.py page
+
+recovery: $(VENV)/.test
+	$(BIN)/python examples/finetune_recovery.py measure --network cnn4 $(ARGS)
+	$(BIN)/python examples/finetune_recovery.py measure --network resnet20 $(ARGS)
+	$(BIN)/python examples/finetune_recovery.py steps --network resnet20
+	$(BIN)/python examples/finetune_recovery.py page
 
 atlas: $(VENV)/.base
 	$(BIN)/python examples/atlas_speed.py --out docs/atlas_speed.md $(ARGS)

@@ -1,16 +1,17 @@
 """How much of the accuracy fine-tuning brings back, how fast, and beside what.
 
-    python examples/finetune_recovery.py measure --network cnn4 --weights accuracy-weights
-    python examples/finetune_recovery.py measure --recipes global local hybrid --times 8 --formats mps
-    python examples/finetune_recovery.py steps --network resnet20       # time and memory of a training step
-    python examples/finetune_recovery.py page > recovery.md
+    python examples/finetune_recovery.py estimate --network cnn4          # how long each part takes here
+    python examples/finetune_recovery.py measure --network cnn4 --brief   # what the goals are about
+    python examples/finetune_recovery.py measure --network cnn4           # all parts, or those of --parts
+    python examples/finetune_recovery.py steps --network resnet20         # time and memory of a training step
+    python examples/finetune_recovery.py page                             # writes docs/recovery.md
 
 Convolution parameters are cut 4, 8 and 16 times under a budget over all layers, fitted on 1,024 unlabelled
 images and repaired on them; then come epochs with labels. Beside each run stand the dense model trained for
 as many epochs more, the same shape trained from scratch (at five times the learning rate), and tltorch's
 layers at the same parameters with the same recipe, after their BatchNorm statistics were taken again. The
-dense models are those of ``accuracy_at_size.py train``. A run that is stopped goes on where it was; a row,
-once there, is not measured again.
+dense models are those of ``accuracy_at_size.py train``, in ``--weights``. A run that is stopped goes on where
+it was; a row, once there, is not measured again. Rows go to docs/recovery.jsonl, times as they were here.
 """
 
 import argparse
@@ -18,39 +19,102 @@ import json
 import math
 import shutil
 import statistics
-import time
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
 from accuracy_at_size import append, conv_params, tltorch_model
+from recovery_steps import in_turns, steps
 from torch import nn
 
 import tncompress as tnc
 from tncompress.data import load_data
 from tncompress.gauge import balance_, squared_norm
-from tncompress.measure import macs, num_params, peak_memory
+from tncompress.measure import num_params
 from tncompress.repair import reestimate_batchnorm_
-from tncompress.report import environment
 from tncompress.running import copy_model
+from tncompress.slices import SliceDistillation, find_slices
 
-IMAGES, TIMES, EPOCHS, SEEDS = 1024, (4, 8, 16), (3, 5), (0, 1, 2)
+IMAGES, SEEDS = 1024, {"cnn4": (0, 1, 2), "resnet20": (0,)}
+GOALS = {4: 3, 8: 5, 16: 5}
+"""After how many epochs a goal is set, by how many times fewer parameters there are."""
 FORMATS = ("mps", "tucker", "cp", "auto")
 PEERS = {"tltorch CP": "CP", "tltorch Tucker": "Tucker", "tltorch TT": "TT"}
 RECIPES = {
     "global": {},
     "local": {"epochs": 0},
     "hybrid": {"local_epochs": 1},
+    "progressive": {},
     "features": {"features": 0.1},
+    "no distillation": {"distill": 0.0},
     "frobenius": {"frobenius_decay": 5e-4},
     "balanced": {"balance": True},
     "rebalanced": {"balance": True, "rebalance_every": 200},
+    "rate x 0.5": {"lr": 0.01},
+    "rate x 0.25": {"lr": 0.005},
+    "rate x 0.1": {"lr": 0.002},
+    "factors' rate x 0.25": {"lr_factors": 0.005},
     "adamw": {"optimizer": "adamw"},
     "ema": {"ema": 0.998},
 }
+PARTS = ("goals", "peers", "controls", "recipes", "time", "curves")
 KEY = ("network", "seed", "times", "format", "recipe", "of", "epoch")
-RESULTS = Path(__file__).parent.parent / "docs" / "recovery.jsonl"
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "docs" / "recovery.jsonl"
+SLOWER = {"peer": 1.6, "ours": 1.2, "dense": 1.0}
+"""How long a step takes over the dense one's, before any was measured."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: ``of`` epochs of ``recipe``, of a format at a size; or of the dense model."""
+
+    format: str
+    of: int
+    times: int | None = None
+    recipe: str | None = None
+
+    @property
+    def key(self) -> dict:
+        """What its rows have in common."""
+        named = {"times": self.times, "format": self.format, "recipe": self.recipe}
+        return {name: value for name, value in named.items() if value is not None} | {"of": self.of}
+
+    @property
+    def kind(self) -> str:
+        """What is trained, as far as time is concerned."""
+        return "dense" if self.times is None else "peer" if self.format in PEERS else "ours"
+
+
+def runs_of(part: str, options: argparse.Namespace) -> Iterator[Run]:
+    """Yield the trainings of a part, in the order in which they are carried out."""
+    points = [(times, options.epochs or GOALS.get(times, 5)) for times in options.times]
+    if part == "goals":
+        yield from (Run("dense control", of) for of in dict.fromkeys(of for _, of in points))
+        yield from (Run("auto", of, times, "global") for times, of in points)
+    elif part == "peers":
+        peers = ["tltorch CP"] if options.brief else PEERS
+        yield from (Run(name, of, times, "global") for name in peers for times, of in points)
+    elif part == "controls":  # the formats by themselves, and from scratch
+        alone = [name for name in options.formats if name != "auto"]
+        yield from (Run(name, of, times, "global") for name in alone for times, of in points)
+        yield from (Run(name, of, times, "scratch") for name in options.formats for times, of in points)
+    elif part in ("recipes", "time"):
+        names = options.recipes if part == "recipes" else ["local, equal time", "hybrid, equal time"]
+        for times, of in points:
+            if times == 8 or len(points) == 1:
+                yield from (Run("auto", of, times, name) for name in ("global", *names))
+    else:  # the other lengths
+        lengths = [options.epochs] if options.epochs else sorted(set(GOALS.values()))
+        yield from (Run("dense control", of) for of in lengths)
+        for times in options.times:
+            yield from (
+                Run(name, of, times, "global") for of in lengths for name in (*options.formats, *PEERS)
+            )
+            yield from (Run(name, of, times, "scratch") for of in lengths for name in options.formats)
 
 
 @dataclass
@@ -59,134 +123,189 @@ class Bench:
 
     network: str
     seed: int
-    weights: Path
-    results: Path
-    data_name: str = "fashion-mnist"
-    images: int = IMAGES
+    options: argparse.Namespace
     done: set = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.data = load_data(self.data_name)
+        options = self.options
+        self.results: Path = options.results
+        self.data = load_data(options.data)
         shape = {"num_classes": self.data.num_classes, "in_channels": self.data.input_shape[0]}
         self.dense = tnc.build_model(f"zoo:{self.network}", **shape).eval()
-        tnc.load_weights(self.dense, self.weights / f"{self.network}-{self.seed}.safetensors")
-        self.batches = [x for x, _ in self.data.calibration_loader(self.images, seed=self.seed)]
+        if (weights := options.weights / f"{self.network}-{self.seed}.safetensors").exists():
+            tnc.load_weights(self.dense, weights)
+        else:
+            raise SystemExit(f"no {weights}: python examples/accuracy_at_size.py train --weights ...")
+        self.dense.to(options.device)
+        self.batches = [x for x, _ in self.data.calibration_loader(options.images, seed=self.seed)]
         self.conv, self.total = conv_params(self.dense), num_params(self.dense)
-        self.done = {tuple(row.get(name) for name in KEY) for row in read(self.results)}
-        self._measured = None
+        self.rows = [row for row in read(self.results) if row.get("network") == self.network]
+        self.done = {key_of(row) for row in self.rows if "accuracy" in row}
+        self._measured: dict | None = None
+        self._repaired: dict = {}
 
-    def budget(self, times: int) -> dict:
-        """Return the budget on the whole model with ``times`` fewer convolution parameters."""
-        return {"params": (self.conv / times + self.total - self.conv) / self.total}
+    def spec(self, format: str, times: int) -> dict:
+        """Return the spec with ``times`` fewer convolution parameters, by a budget on the whole model."""
+        params = (self.conv / times + self.total - self.conv) / self.total
+        return {"default": {"format": format}, "budget": {"params": params}}
 
-    def compressed(self, format: str, times: int) -> nn.Module:
-        """Return the model within the budget, fitted on the unlabelled images."""
-        if self._measured is None:
-            calibration = tnc.calibrate(self.dense, self.batches)
-            found = tnc.quick_sensitivity(self.dense, self.batches, calibration=calibration)
-            self._measured = {"calibration": calibration, "sensitivity": found}
-        spec = {"default": {"format": format}, "budget": self.budget(times)}
-        return tnc.compress(self.dense, spec, example_inputs=self.data.example_input(), **self._measured)
+    def recipe(self, **settings) -> dict:
+        """Return what every training has in common, with ``settings`` over it."""
+        common = {"seed": self.seed, "mixed_precision": self.options.precision, "channels_last": True}
+        return common | settings
 
-    def accuracy(self, model: nn.Module) -> float:
-        """Return the accuracy on the test images, in percent."""
-        return 100 * tnc.evaluate(model, self.data.test_loader()).accuracy
+    def start(self, format: str, times: int) -> nn.Module:
+        """Return the model that training starts from; write the rows of what it was before."""
+        if (format, times) in self._repaired:
+            return self._repaired[format, times]
+        key = {"times": times, "format": format}
+        if format in PEERS:
+            small = tltorch_model(self, PEERS[format], times)
+        else:
+            self._measured = self._measured or measured(self.dense, self.batches)
+            example = self.data.example_input().to(self.options.device)
+            small = tnc.compress(
+                self.dense, self.spec(format, times), example_inputs=example, **self._measured
+            )
+        self.write_accuracy(small, **key, recipe="truncated", epoch=0)
+        if format in PEERS:
+            reestimate_batchnorm_(small, self.batches)
+        else:
+            small = tnc.repair(small, self.dense, self.batches)
+        self.write_accuracy(small, **key, recipe="repaired", epoch=0)
+        self._repaired = {(format, times): small}  # the last one alone
+        return small
+
+    def write_accuracy(self, model: nn.Module, **key) -> None:
+        """Append the row of a model that is not trained, if it is not there."""
+        if not self.is_done(**key):
+            self.write(100 * tnc.evaluate(model, self.data.test_loader()).accuracy, **key)
 
     def is_done(self, **key) -> bool:
         """Say whether the row with this key is there."""
-        whole = {"network": self.network, "seed": self.seed} | key
-        return tuple(whole.get(name) for name in KEY) in self.done
+        return key_of({"network": self.network, "seed": self.seed} | key) in self.done
 
     def write(self, accuracy: float, **row) -> None:
         """Append a row."""
         row = {"network": self.network, "seed": self.seed} | row | {"accuracy": round(accuracy, 4)}
-        self.done.add(tuple(row.get(name) for name in KEY))
+        self.done.add(key_of(row))
         append(self.results, row)
         print(*(row[name] for name in (*KEY, "accuracy") if row.get(name) is not None), flush=True)
 
-    def tune(self, model: nn.Module, settings: dict, epochs: int, *, dense: bool = False, **key) -> None:
-        """Write a row for each epoch of training ``model``, ``epochs`` in all, local ones counted."""
-        if self.is_done(**key, of=epochs, epoch=epochs):
+    def is_over(self, run: Run) -> bool:
+        """Say whether all of a run is measured."""
+        return self.is_done(**run.key, epoch=run.of)
+
+    # --- training
+
+    def carry_out(self, run: Run) -> None:
+        """Write a row for each epoch of a run, local ones counted; nothing where they are there."""
+        if self.is_over(run):
             return
-        local = epochs if settings.get("epochs") == 0 else settings.get("local_epochs", 0)
-        config = {"seed": self.seed} | settings | {"local_epochs": local, "epochs": epochs - local}
-        place = self.results.with_name(
-            "-".join(str(part).replace(" ", "-") for part in (self.network, self.seed, *key.values(), epochs))
-        )
-        place = place.with_name(f"{place.name}.checkpoint")
+        place = "-".join(str(part) for part in (self.network, self.seed, *run.key.values()))
+        place = self.results.with_name(f"{place.replace(' ', '-').replace(',', '')}.checkpoint")
+        trained = self.progressive if run.recipe == "progressive" else self.tuned
+        try:
+            model, epochs, about = trained(run, place)
+        except ValueError as error:
+            print(f"{run}: {error}", flush=True)
+            return
+        for number, epoch, seconds in epochs:
+            told = {
+                "loss": epoch.loss,
+                "seconds": round(seconds, 2),
+                "params": conv_params(model) / self.conv,
+            }
+            if not self.is_done(**run.key, epoch=number):
+                self.write(100 * epoch.accuracy, **run.key, epoch=number, **told, **about)
+        shutil.rmtree(place, ignore_errors=True)
+
+    def tuned(self, run: Run, place: Path) -> tuple:
+        """Return the model of a run, its epochs, and what else is told of them."""
+        settings, about, of = dict(RECIPES.get(run.recipe or "", {})), {}, run.of
+        model = self.dense if run.times is None else self.start(run.format, run.times)
+        if run.recipe == "scratch":
+            model, settings = from_scratch(model, self.seed), {"lr": 0.1}
+        elif run.format in PEERS:
+            settings = {"weight_decay": 0.0}  # like ours, their factors are not decayed
+        local = of if settings.get("epochs") == 0 else settings.get("local_epochs", 0)
+        if (run.recipe or "").endswith("equal time"):
+            pace = self.pace(model)
+            local, rest = equal_time(of, pace, whole=not str(run.recipe).startswith("local"))
+            about = {
+                "pace": pace,
+                "time": (local * pace["local"] + rest * pace["global"]) / pace["global"] / of,
+            }
+        else:
+            rest = of - local
         history = tnc.finetune(
             model,
             self.data.train_loader(seed=self.seed),
-            config,
-            teacher=None if dense else self.dense,
+            self.recipe(**settings | {"local_epochs": local, "epochs": rest}),
+            teacher=self.dense if run.times is not None else None,
             val_loader=self.data.test_loader(),
             control=False,
             checkpoint=place,
         )
-        seconds = 0.0
-        for number, epoch in enumerate((*history.local, *history.epochs), 1):
-            seconds += epoch.seconds
-            if not self.is_done(**key, of=epochs, epoch=number):
-                told = {
-                    "loss": epoch.loss,
-                    "seconds": round(seconds, 1),
-                    "params": conv_params(model) / self.conv,
-                }
-                self.write(100 * epoch.accuracy, **key, of=epochs, epoch=number, **told)
-        shutil.rmtree(place, ignore_errors=True)
+        epochs = numbered((*history.local, *history.epochs))
+        if about:  # as many as take the time of so many global ones: what came of them all
+            about["epochs"] = [local, rest]
+            epochs = [(of, *epochs[-1][1:])]
+        return history.model, epochs, about
+
+    def progressive(self, run: Run, place: Path) -> tuple:
+        """Return the model of a run in rounds, the epochs of all rounds, and nothing else to tell."""
+        made = tnc.progressive(
+            self.dense,
+            self.spec(run.format, run.times or 1),
+            self.data.train_loader(seed=self.seed),
+            self.recipe(epochs=max(1, run.of - 2)),
+            rounds=min(3, run.of),
+            images=self.batches,
+            val_loader=self.data.test_loader(),
+            control=False,
+            example_inputs=self.data.example_input().to(self.options.device),
+            checkpoint=place,
+        )
+        return made.model, numbered([epoch for each in made.rounds for epoch in each.epochs]), {}
+
+    def pace(self, model: nn.Module) -> dict:
+        """Return the seconds of a step of the whole network, and of one of slices, taken in turns."""
+        (x, y), *_ = islice(self.data.train_loader(seed=self.seed), 1)
+        small, dense = copy_model(model).train(), copy_model(self.dense).eval()
+        slices = SliceDistillation(copy_model(model), dense, find_slices(model)).train()
+        distil = nn.KLDivLoss(reduction="batchmean", log_target=True)
+
+        def whole() -> torch.Tensor:
+            logits = small(x)
+            with torch.no_grad():
+                target = dense(x)
+            return nn.functional.cross_entropy(logits, y) + distil(
+                logits.log_softmax(1), target.log_softmax(1)
+            )
+
+        taken = in_turns({"global": whole, "local": lambda: slices(x)[0]}, self.options, rounds=6)
+        return {name: min(found) for name, found in taken.items()}
 
 
-def measure(
-    bench: Bench, formats: list, times_all: list, recipes: list, epochs_all: list, peers: bool
-) -> None:
-    """Write the rows that are not there yet."""
-    if not bench.is_done(format="dense", epoch=0):
-        bench.write(bench.accuracy(bench.dense), format="dense", epoch=0)
-    for epochs in epochs_all:
-        bench.tune(bench.dense, {}, epochs, dense=True, format="dense control")
-    for times in times_all:
-        for format in formats:
-            ours(bench, format, times, recipes, epochs_all)
-        for name in PEERS if peers else ():
-            theirs(bench, name, times, epochs_all)
+def numbered(epochs: Iterable) -> list[tuple]:
+    """Return each epoch between its number and the seconds since the first began."""
+    seconds = accumulate(epoch.seconds for epoch in epochs)
+    return [(n, epoch, taken) for n, (epoch, taken) in enumerate(zip(epochs, seconds, strict=True), 1)]
 
 
-def ours(bench: Bench, format: str, times: int, recipes: list, epochs_all: list) -> None:
-    """Write the rows of one format at one size: truncated, repaired, tuned, and trained from scratch."""
-    key = {"times": times, "format": format}
-    runs = [(name, epochs) for name in (*recipes, "scratch") for epochs in epochs_all]
-    if all(bench.is_done(**key, recipe=name, of=epochs, epoch=epochs) for name, epochs in runs):
-        return
-    try:
-        small = bench.compressed(format, times)
-    except ValueError as error:
-        print(f"{format} at {times}x: {error}", flush=True)
-        return
-    if not bench.is_done(**key, recipe="truncated", epoch=0):
-        bench.write(bench.accuracy(small), **key, recipe="truncated", epoch=0)
-    repaired = tnc.repair(small, bench.dense, bench.batches)
-    if not bench.is_done(**key, recipe="repaired", epoch=0):
-        bench.write(bench.accuracy(repaired), **key, recipe="repaired", epoch=0)
-    for name, epochs in runs:
-        if name == "scratch":
-            bench.tune(from_scratch(repaired, bench.seed), {"lr": 0.1}, epochs, **key, recipe=name)
-        else:
-            bench.tune(repaired, RECIPES[name], epochs, **key, recipe=name)
+def measured(dense: nn.Module, batches: list) -> dict:
+    """Return what a data-aware compression goes by."""
+    calibration = tnc.calibrate(dense, batches)
+    found = tnc.quick_sensitivity(dense, batches, calibration=calibration)
+    return {"calibration": calibration, "sensitivity": found}
 
 
-def theirs(bench: Bench, name: str, times: int, epochs_all: list) -> None:
-    """Write the rows of tltorch's layers; like ours, their factors are not decayed."""
-    key = {"times": times, "format": name}
-    if all(bench.is_done(**key, recipe="global", of=epochs, epoch=epochs) for epochs in epochs_all):
-        return
-    small = tltorch_model(bench, PEERS[name], times)
-    if not bench.is_done(**key, recipe="truncated", epoch=0):
-        bench.write(bench.accuracy(small), **key, recipe="truncated", epoch=0)
-    reestimate_batchnorm_(small, bench.batches)
-    if not bench.is_done(**key, recipe="repaired", epoch=0):
-        bench.write(bench.accuracy(small), **key, recipe="repaired", epoch=0)
-    for epochs in epochs_all:
-        bench.tune(small, {"weight_decay": 0.0}, epochs, **key, recipe="global")
+def equal_time(of: int, pace: dict, *, whole: bool) -> tuple[int, int]:
+    """Return how many local and global epochs take about as long as ``of`` global ones."""
+    if not whole:
+        return max(1, round(of * pace["global"] / pace["local"])), 0
+    return 1, max(1, round(of - pace["local"] / pace["global"]))
 
 
 def from_scratch(model: nn.Module, seed: int) -> nn.Module:
@@ -209,45 +328,58 @@ def from_scratch(model: nn.Module, seed: int) -> nn.Module:
     return fresh
 
 
-def steps(network: str, results: Path, batch: int = 64) -> None:
-    """Print and append what a training step takes, dense and at a quarter of the MACs, in turns."""
-    dense = tnc.build_model(f"zoo:{network}", num_classes=10, in_channels=1)
-    x, y = torch.randn(batch, 1, 28, 28), torch.randint(10, (batch,))
-    small = tnc.compress(dense, {"default": {"format": "auto"}, "budget": {"macs": 0.25}}, example_inputs=x)
-    models = {"dense": dense.train(), "compressed": small.train()}
-    taken: dict[str, list] = {name: [] for name in models}
-    for round_ in range(12):
-        for name, model in models.items():
-            optimizer = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9)
-            started = time.perf_counter()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if round_ > 1:
-                taken[name].append(time.perf_counter() - started)
-    row = {"network": network, "format": "step", "batch": batch, "environment": environment()}
-    row |= {f"seconds {name}": statistics.median(found) for name, found in taken.items()}
-    row |= {f"macs {name}": macs(model, x) for name, model in models.items()}
-    row |= {f"forward bytes {name}": peak_memory(model, x) for name, model in models.items()}
-    append(results, row)
-    print(json.dumps(row, indent=1))
+# --- how long it takes --------------------------------------------------------------------------------------
 
 
-def page(rows: list) -> str:
-    """Return the tables as Markdown: mean over seeds, and the largest distance from it."""
+def seconds_by_kind(bench: Bench) -> dict[str, float]:
+    """Return the seconds of an epoch: as rows of this network tell, else by a few steps of the dense one."""
     found = defaultdict(list)
-    for row in rows:
-        if "accuracy" in row:
-            found[tuple(row.get(name) for name in KEY if name != "seed")].append(row["accuracy"])
-    lines = ["| network | fewer parameters | format | recipe | epochs | after | accuracy, % | seeds |"]
-    lines.append("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: |")
-    for key, values in sorted(found.items(), key=lambda item: [str(part) for part in item[0]]):
-        network, times, format, recipe, of, epoch = key
-        mean = statistics.mean(values)
-        spread = max(abs(value - mean) for value in values)
-        shown = network, f"{times}x" if times else "", format, recipe or "", of or "", epoch
-        lines.append(f"| {' | '.join(map(str, shown))} | {mean:.2f} ± {spread:.2f} | {len(values)} |")
-    return "\n".join(lines) + "\n"
+    for row in bench.rows:
+        if "seconds" in row and "accuracy" in row and row["epoch"]:
+            kind = Run(row["format"], row["of"], row.get("times"), row.get("recipe")).kind
+            found[kind].append(row["seconds"] / row["epoch"])
+    taken = {kind: statistics.median(each) for kind, each in found.items()}
+    if "dense" not in taken:
+        model = copy_model(bench.dense).to(memory_format=torch.channels_last).train()
+        loader = bench.data.train_loader(seed=bench.seed)
+        x, y = (tensor.to(bench.options.device) for tensor in next(iter(loader)))
+        loss = {"dense": lambda: nn.functional.cross_entropy(model(x), y)}
+        steps = in_turns(loss, bench.options, rounds=6)
+        taken["dense"] = min(steps["dense"]) * len(loader) * 1.1  # the test images come on top
+    return {kind: taken.get(kind, taken["dense"] * slower) for kind, slower in SLOWER.items()}
+
+
+def estimate(bench: Bench) -> None:
+    """Print for each part how many epochs are left of it, and about how long they take."""
+    pace, total, counted = seconds_by_kind(bench), 0.0, set()
+    for part in bench.options.parts:
+        left = [run for run in runs_of(part, bench.options) if not bench.is_over(run) and run not in counted]
+        counted |= set(left)
+        epochs = sum(run.of for run in set(left))
+        seconds = sum(run.of * pace[run.kind] for run in set(left))
+        total += seconds
+        words = f"{len(set(left))} runs, {epochs} epochs, about {seconds / 3600:.1f} h"
+        print(f"{bench.network} seed {bench.seed}, {part}: {words}", flush=True)
+    print(f"{bench.network} seed {bench.seed}: about {total / 3600:.1f} h in all, beside fits", flush=True)
+
+
+def measure(bench: Bench) -> None:
+    """Write the rows that are not there yet, part by part."""
+    estimate(bench)
+    bench.write_accuracy(bench.dense, format="dense", epoch=0)
+    for part in bench.options.parts:
+        runs = dict.fromkeys(runs_of(part, bench.options))
+        by_start = sorted(runs, key=lambda run: (run.times or 0, run.format))  # fitted once for each
+        for run in by_start if part != "goals" else runs:
+            bench.carry_out(run)
+
+
+# --- the file and the command line --------------------------------------------------------------------------
+
+
+def key_of(row: dict) -> tuple:
+    """Return what a row is about."""
+    return tuple(row.get(name) for name in KEY)
 
 
 def read(results: Path) -> list:
@@ -255,35 +387,47 @@ def read(results: Path) -> list:
     return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
-def main(arguments: list | None = None) -> None:
-    """Run the command line."""
+def parsed(arguments: list | None) -> argparse.Namespace:
+    """Return what the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("measure", "steps", "page"))
+    parser.add_argument("command", choices=("estimate", "measure", "steps", "page"))
     parser.add_argument("--network", default="cnn4")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the dense training; all by default")
+    parser.add_argument("--parts", nargs="+", choices=PARTS)
+    parser.add_argument("--brief", action="store_true", help="the goals, with tltorch's CP, and no more")
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
-    parser.add_argument("--times", type=int, nargs="+", default=TIMES)
-    parser.add_argument("--recipes", nargs="*", default=("global",), choices=RECIPES)
-    parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS, help="one run for each number")
-    parser.add_argument("--no-peers", action="store_true", help="leave out tltorch")
+    parser.add_argument("--times", type=int, nargs="+", default=tuple(GOALS))
+    parser.add_argument("--recipes", nargs="*", default=tuple(RECIPES), choices=RECIPES)
+    parser.add_argument("--epochs", type=int, help="of every run, in place of those of the goals")
+    parser.add_argument("--precision", default="bf16", choices=("no", "bf16"))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--images", type=int, default=IMAGES, help="unlabelled ones")
+    parser.add_argument("--batch", type=int, default=64, help="of a timed step")
+    parser.add_argument("--rounds", type=int, default=12, help="of timing a step")
     parser.add_argument("--weights", type=Path, default=Path("accuracy-weights"))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "recovery.md", help="of page")
     options = parser.parse_args(arguments)
+    options.parts = options.parts or (PARTS[:2] if options.brief else PARTS)
+    return options
+
+
+def main(arguments: list | None = None) -> None:
+    """Run the command line."""
+    options = parsed(arguments)
     if options.command == "steps":
-        steps(options.network, options.results)
+        steps(options)
     elif options.command == "page":
-        print(page(read(options.results)), end="")
+        from recovery_page import page
+
+        options.out.write_text(page(read(options.results)))
     else:
-        for seed in options.seeds:
-            bench = Bench(
-                options.network, seed, options.weights, options.results, options.data, options.images
-            )
-            lists = options.formats, options.times, options.recipes, options.epochs
-            measure(bench, *lists, not options.no_peers)
+        for seed in options.seeds or SEEDS.get(options.network, (0,)):
+            bench = Bench(options.network, seed, options)
+            estimate(bench) if options.command == "estimate" else measure(bench)
 
 
 if __name__ == "__main__":

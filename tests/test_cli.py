@@ -174,6 +174,34 @@ def test_finetune_goes_on_by_the_same_command(run, trained, monkeypatch):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
+def test_progressive_goes_on_by_the_same_command(run, trained, monkeypatch):
+    """The first time, it is interrupted in its second round; what comes out is lowered once more."""
+    (trained / "c.yaml").write_text("epochs: 1\ncheckpoint_every: 5\n")
+    line = (
+        "progressive --model zoo:cnn4 --weights dense.safetensors --data digits --spec spec.yaml --rounds 2"
+    )
+    command = f"{line} --config c.yaml --images 64 --no-control --json --out"
+    whole = json.loads(run(f"{command} whole").stdout)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_end_epoch", interrupted_at(2, Trainer._end_epoch))
+        stopped = run(f"{command} t", code=130)
+    assert "the same command goes on from t.checkpoint" in " ".join(stopped.stderr.split())
+    assert "is of another run" in run(f"{command} t --epochs 2", code=1).stderr
+    made = json.loads(run(f"{command} t").stdout)
+    assert not (trained / "t.checkpoint").exists()
+    losses = [[each["epochs"][0]["loss"] for each in one["rounds"]] for one in (whole, made)]
+    assert losses[0] == losses[1]
+    one, other = (tnc.load(trained / name).state_dict() for name in ("whole", "t"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    found = json.loads(run("retruncate t --rank rank_fraction=0.5 --layers conv2 --out s --json").stdout)
+    (layer,) = found["layers"]
+    assert layer["params"] < layer["params_before"]
+    assert list(tnc.load(trained / "s").conv2.ranks) == layer["ranks"]
+    (trained / "ranks.yaml").write_text("conv2: {fixed: 3}\n'conv[34]': {rank_fraction: 0.5}\n")
+    assert "3 layers truncated again" in run("retruncate t --ranks ranks.yaml --out r").stdout
+
+
 def interrupted_at(number, ended):
     count = 0
 
@@ -275,6 +303,24 @@ MISUSE = {
     "foreign checkpoint": (
         "finetune small --data digits --checkpoint others --out t",
         "holds no checkpoint (no checkpoint.json): choose another folder",
+    ),
+    "workers without slices": (
+        "finetune small --data digits --workers 2 --out t",
+        "share out the slices of local_epochs, got none of those",
+    ),
+    "no rank": ("retruncate small --out t", "how far? Give --rank, such as rank_fraction=0.5"),
+    "rank text": (
+        "retruncate small --rank half --out t",
+        "--rank is a policy with its number, such as rank_fraction=0.5, got 'half'",
+    ),
+    "rank policy": ("retruncate small --rank half=0.5 --out t", "unknown rank policy 'half'; the tags are"),
+    "retruncated pattern": (
+        "retruncate small --rank rank_fraction=0.5 --layers conv9 --out t",
+        "the pattern 'conv9' matches no compressed layer; those are conv2, conv3, conv4",
+    ),
+    "rounds of another key": (
+        "progressive --model zoo:cnn4 --data digits --config bad_config.yaml --out t",
+        "unknown key 'epoch'; the keys there are epochs",
     ),
     "no tensorboard": (
         "finetune small --data digits --log-dir logs --out t",

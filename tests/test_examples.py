@@ -5,6 +5,7 @@ import json
 import finetune_recovery
 import geometry_grid
 import pytest
+import recovery_page
 import torch
 
 import tncompress as tnc
@@ -41,34 +42,56 @@ def test_recovery_is_measured_once_and_beside_its_controls(tmp_path, capsys):
     torch.manual_seed(0)
     tnc.save_weights(tnc.build_model("zoo:cnn4"), tmp_path / "cnn4-0.safetensors")
     places = ["--weights", str(tmp_path), "--results", str(tmp_path / "rows.jsonl"), "--data", "digits"]
-    few = [
-        "--seeds",
-        "0",
-        "--times",
-        "8",
-        "--epochs",
-        "1",
-        "--images",
-        "64",
-        "--formats",
-        "mps",
-        "--no-peers",
-    ]
-    finetune_recovery.main(["measure", *places, *few, "--recipes", "global", "local"])
+    few = ["--seeds", "0", "--times", "8", "--epochs", "1", "--images", "64"]
+    few += ["--formats", "mps", "--recipes", "local"]
+    parts = ["--parts", "goals", "controls", "recipes"]
+    finetune_recovery.main(["measure", *places, *few, *parts])
+    assert "recipes: 1 runs, 1 epochs" in capsys.readouterr().out
     text = (tmp_path / "rows.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     told = [(row["format"], row.get("recipe"), row.get("of"), row["epoch"]) for row in rows]
     assert told[:2] == [("dense", None, None, 0), ("dense control", None, 1, 1)]
-    ours = [
-        ("truncated", None, 0),
-        ("repaired", None, 0),
-        *((n, 1, 1) for n in ("global", "local", "scratch")),
-    ]
-    assert told[2:] == [("mps", *row) for row in ours]
+    before = ("truncated", None, 0), ("repaired", None, 0)
+    assert told[2:5] == [("auto", *row) for row in (*before, ("global", 1, 1))]
+    assert told[5:9] == [("mps", *row) for row in (*before, ("global", 1, 1), ("scratch", 1, 1))]
+    assert told[9:] == [("auto", "local", 1, 1)]
     assert all(0.05 < row["params"] < 0.14 for row in rows if row.get("of") and row.get("times"))
-    finetune_recovery.main(["measure", *places, *few, "--recipes", "global", "local"])
+    finetune_recovery.main(["measure", *places, *few, *parts])
     assert (tmp_path / "rows.jsonl").read_text() == text
     assert not list(tmp_path.glob("*.checkpoint"))
-    capsys.readouterr()
-    finetune_recovery.main(["page", *places])
-    assert "| cnn4 | 8x | mps | scratch | 1 | 1 |" in capsys.readouterr().out
+    assert "about 0.0 h in all" in capsys.readouterr().out
+    finetune_recovery.main(["page", *places, "--out", str(tmp_path / "recovery.md")])
+    page = (tmp_path / "recovery.md").read_text()
+    accuracy = next(row["accuracy"] for row in rows if row.get("recipe") == "scratch")
+    assert f"| 8x | mps | from scratch, 1 epochs |  |  | {accuracy:.2f} |" in page
+
+
+def made(accuracies: dict, **rest) -> list:
+    return [{"network": "cnn4", "seed": seed, "accuracy": value} | rest for seed, value in accuracies.items()]
+
+
+def test_the_page_sets_goals_beside_what_was_measured():
+    rows = made({0: 93.0, 1: 92.0}, format="dense control", of=3, epoch=3)
+    tuned = {"times": 4, "recipe": "global", "of": 3}
+    rows += made({0: 92.95, 1: 91.95}, format="auto", epoch=3, **tuned)
+    rows += made({0: 92.9, 1: 92.0, 2: 50.0}, format="tltorch CP", epoch=3, **tuned)
+    rows += made({0: 93.5, 1: 92.2}, format="auto", epoch=3, **tuned | {"recipe": "balanced"})
+    page = recovery_page.page(rows)
+    assert "| at most 0.1 below" not in page
+    aim = "after 3 epochs at most 0.1 below the dense control"
+    assert f"| cnn4 | 4x | {aim} | 0.05 ± 0.00 (92.45 ± 0.71 beside 92.50 ± 0.71) | met |" in page
+    assert "| +0.00 (tltorch CP) |" in page
+    assert "**not met**" in page
+    assert "| balanced | 4x, mixed, 3 epochs | 92.85 ± 0.92 | 92.45 ± 0.71 | 0.40 ± 0.21 | helps |" in page
+    assert "| cnn4 | 16x | after 5 epochs at most 1.0 below the dense control | – | – |" in page
+
+
+def test_the_page_says_whether_a_step_is_fast_enough():
+    sides = {"dense": 4.0, "mixed": 1.0}
+    row = {"network": "resnet20", "format": "step", "batch": 8, "precision": "no", "macs": sides}
+    row |= {"environment": {"device": "x86_64"}, "peak bytes": sides, "forward bytes": sides}
+    row |= {"channels first": {"dense": 3.0, "mixed": 1.2}, "channels last": {"dense": 2.0, "mixed": 1.5}}
+    page = recovery_page.page([row])
+    assert "(mixed, batch 8, float32) | 1.67x faster at 4.00x fewer MACs | **not met** |" in page
+    row["channels last"]["mixed"] = 1.0
+    assert "2.00x faster at 4.00x fewer MACs | met |" in recovery_page.page([row])

@@ -164,6 +164,30 @@ def test_bf16_trains_too(data, trained):
     assert next(history.model.parameters()).dtype == torch.float32
 
 
+def test_channels_last_is_a_layout_for_the_training_alone(data, trained):
+    model, small = trained
+    seen = []
+    small = copy.deepcopy(small)
+    small[8].p = 0.0  # which units are dropped goes by their order in memory
+    small[6].register_forward_hook(lambda _, args, out: seen.append(out.stride()[1]))
+    before = [p.stride() for p in (*small.parameters(), *model.parameters())]
+    images = list(data.train_loader(batch_size=32))[:3]
+    tuned = {}
+    for layout in (False, True):
+        seen.clear()
+        config = {"epochs": 1, "channels_last": layout}
+        tuned[layout] = tnc.finetune(small, images, config, teacher=model, control=False).model
+        assert all((stride == 1) is layout for stride in seen)
+    for (name, one), other in zip(tuned[False].named_parameters(), tuned[True].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
+        assert one.stride() == other.stride()
+    dense = copy.deepcopy(model)
+    held = list(dense.parameters())
+    train_(dense, images, {"epochs": 1, "channels_last": True}, teacher=model)
+    assert all(p is q for p, q in zip(held, dense.parameters(), strict=True))
+    assert [p.stride() for p in (*small.parameters(), *model.parameters())] == before
+
+
 def test_a_loss_that_is_not_finite_stops(data, trained):
     _, small = trained
     before = state(small)

@@ -14,6 +14,7 @@ from tncompress.measure import (
     macs,
     num_params,
     peak_memory,
+    peak_training_memory,
     recovery,
 )
 from tncompress.running import call_model, eval_mode
@@ -80,6 +81,22 @@ def test_memory_that_is_given_back_is_not_counted_again():
     again = nn.Sequential(*[nn.ReLU() for _ in range(9)])
     assert peak_memory(again, torch.randn(100)) == 3 * 400
     assert peak_memory(nn.Sequential(*[nn.ReLU(inplace=True) for _ in range(9)]), torch.randn(100)) == 400
+
+
+def test_training_keeps_every_activation_until_its_backward_pass():
+    def chain(depth):
+        convs = [nn.Conv2d(4, 4, 1, bias=False) for _ in range(depth)]
+        return nn.Sequential(*convs, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    x, y = torch.randn(2, 4, 50, 50), torch.tensor([0, 3])
+    few, many = (peak_training_memory(chain(depth), x, y) for depth in (5, 15))
+    activation = 4 * x.numel()
+    assert 10 * activation <= many - few <= 10 * (activation + 2 * 4 * 16) + 1000
+    assert few > peak_memory(chain(5), x) + 3 * activation
+    model = chain(3)
+    peak_training_memory(model, x, y)
+    assert all(p.grad is None for p in model.parameters())
+    assert not model[3].running_mean.any()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import tncompress as tnc
 from tncompress import workers
 from tncompress.ray_actors import RayActors
 from tncompress.sweep import sweep
@@ -229,6 +230,31 @@ def test_both_nodes_of_a_ray_cluster_work_and_find_what_one_finds(cluster, tmp_p
     assert len(done) == 2
     assert sum(done.values()) == len((tmp_path / "rows").read_text().splitlines())
     assert not capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_slices_are_trained_on_both_nodes_of_a_ray_cluster(cluster, monkeypatch):
+    """(The model and its data are of torch's classes alone, which the nodes know.)"""
+    nodes, close = [], RayActors.close
+
+    def watched(self):
+        nodes.append(dict(self.done))
+        close(self)
+
+    monkeypatch.setattr(RayActors, "close", watched)
+    teacher = small()
+    compressed = tnc.compress(teacher, {"default": {"rank": {"params_ratio": 0.5}}, "keep_dense": []})
+    batches = [(torch.randn(9, 1, 6, 6).double(), torch.arange(9) % 4) for _ in range(3)]
+    config = {"epochs": 0, "local_epochs": 2}
+    options = {"teacher": teacher, "val_loader": batches}
+    one = tnc.finetune(compressed, batches, config, **options)
+    many = tnc.finetune(compressed, batches, config, **options, address=cluster.address)
+    torch.testing.assert_close(one.model.state_dict(), many.model.state_dict(), rtol=1e-9, atol=1e-11)
+    told = [[(epoch.loss, epoch.accuracy) for epoch in history.local] for history in (one, many)]
+    torch.testing.assert_close(*told, rtol=1e-9, atol=1e-12)
+    (done,) = nodes
+    assert sum(done.values()) == 2 * 2  # shares times epochs
+    assert len(done) == 2
 
 
 @pytest.mark.slow

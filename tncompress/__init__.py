@@ -38,9 +38,12 @@ from tncompress.measure import activation_bytes, evaluate
 from tncompress.plan import BudgetReport, LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
 from tncompress.programs import export_program
+from tncompress.progressive import progressive
 from tncompress.repair import RepairReport, repair
 from tncompress.report import Report, report
 from tncompress.responses import Sensitivity
+from tncompress.retruncation import Retruncation, retruncate
+from tncompress.rounds import Progressive
 from tncompress.sensitivity import quick_sensitivity, sensitivity
 from tncompress.spec import (
     EVBMF,
@@ -91,10 +94,12 @@ __all__ = [
     "Machine",
     "ParamsRatio",
     "Plan",
+    "Progressive",
     "RankFraction",
     "RelError",
     "RepairReport",
     "Report",
+    "Retruncation",
     "Rule",
     "Sensitivity",
     "Settings",
@@ -126,10 +131,12 @@ __all__ = [
     "load_weights",
     "make_plan",
     "merge",
+    "progressive",
     "quick_sensitivity",
     "register_format",
     "repair",
     "report",
+    "retruncate",
     "save",
     "save_weights",
     "sensitivity",

@@ -98,10 +98,12 @@ class Checkpoint:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints in ``folder``, and the folder itself if it held nothing else."""
+    """Remove the checkpoints in ``folder`` and folders in it, and itself if it held nothing else."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if (path / MARKER).is_file():
             shutil.rmtree(path)
+        elif path.is_dir() and not path.is_symlink():
+            remove_checkpoints(path)
     with suppress(OSError):
         folder.rmdir()
 

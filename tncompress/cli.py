@@ -11,6 +11,7 @@ from tncompress import cli_options as cli
 from tncompress.cli_atlas import atlas
 from tncompress.cli_bench import bench
 from tncompress.cli_plan import calibrate, compress, plan, sensitivity
+from tncompress.cli_progressive import progressive, retruncate
 from tncompress.cli_result import export, repair, report
 from tncompress.cli_sweep import sweep
 from tncompress.cli_train import evaluate, finetune, train
@@ -86,6 +87,8 @@ STEPS = (
     compress,
     repair,
     finetune,
+    progressive,
+    retruncate,
     evaluate,
     report,
     bench,

@@ -31,6 +31,14 @@ CheckpointOption = Annotated[
         "--checkpoint", help="A folder to go on from if killed; default: OUT.checkpoint, removed after."
     ),
 ]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Processes for slices (local_epochs), or actors with --address."),
+]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of each of them.")]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="A Ray cluster for slices: auto, local, ray://host:port.")
+]
 
 
 @cli.guarded
@@ -51,7 +59,7 @@ def train(
 
     Example: `tncompress train --model zoo:resnet20 --data cifar10 --epochs 30 --out resnet20.safetensors`
     """
-    settings = _training({"lr": 0.1, "epochs": 10}, config, epochs, seed)
+    settings = training_settings({"lr": 0.1, "epochs": 10}, config, epochs, seed)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out is a file that ends in .safetensors, got {out}")
     with new_file(out, overwrite=overwrite) as fresh:
@@ -82,6 +90,9 @@ def finetune(
         Path | None, typer.Option("--csv", help="A file for the history, a row an epoch.")
     ] = None,
     log_dir: Annotated[Path | None, typer.Option("--log-dir", help="A folder for TensorBoard.")] = None,
+    workers: WorkersOption = None,
+    threads: ThreadsOption = None,
+    address: AddressOption = None,
     model: cli.ModelForFolder = None,
     weights: cli.DenseOption = None,
     data_dir: cli.DataDirOption = None,
@@ -94,17 +105,18 @@ def finetune(
     """Fine-tune a compressed model, with the dense one as its teacher and its control.
 
     A run that was killed goes on where it was when the same command is given again. On several GPUs, or
-    processes: `accelerate launch -m tncompress finetune ...` or `torchrun --nproc-per-node 2 -m ...`.
+    processes: `accelerate launch -m tncompress finetune ...` or `torchrun --nproc-per-node 2 -m ...`. The
+    slices of `local_epochs` can be shared out to `--workers` of this machine, or to a Ray cluster.
 
     Example: `tncompress finetune small --data digits --epochs 3 --out tuned`
     """
     check_writable(out, marker=MANIFEST, overwrite=overwrite)
-    settings = _training({}, config, epochs, seed)
+    settings = training_settings({}, config, epochs, seed)
     _need("matplotlib", curve, "--curve")
     _need("tensorboard", log_dir, "--log-dir")
     place = checkpoint or out.with_name(f"{out.name}.checkpoint")
     with ExitStack() as stack:
-        stack.enter_context(_kept(place))
+        stack.enter_context(kept_place(place))
         files = {
             path: stack.enter_context(new_file(path, overwrite=overwrite))
             for path in (curve, table)
@@ -123,6 +135,9 @@ def finetune(
             progress=not as_json,
             checkpoint=place,
             log_dir=log_dir,
+            workers=workers,
+            threads=threads,
+            address=address,
         )
         if not _first_process():
             return
@@ -148,7 +163,7 @@ def _need(library: str, wanted: Path | None, option: str) -> None:
 
 
 @contextmanager
-def _kept(place: Path) -> Iterator[None]:
+def kept_place(place: Path) -> Iterator[None]:
     """Say of an interrupted run where it goes on from."""
     try:
         yield
@@ -178,7 +193,10 @@ def evaluate(
     cli.show({"accuracy": found.accuracy, "loss": found.loss, "images": found.samples}, as_json=as_json)
 
 
-def _training(defaults: dict[str, Any], config: Path | None, epochs: int | None, seed: int) -> FinetuneConfig:
+def training_settings(
+    defaults: dict[str, Any], config: Path | None, epochs: int | None, seed: int
+) -> FinetuneConfig:
+    """Return the settings in the file ``config``, if there is one, over ``defaults`` and the seed."""
     given = read_settings(config, "config") if config is not None else {}
     if not isinstance(given, dict):
         raise ValueError(f"config {config} holds no settings: wanted keys such as epochs and lr")

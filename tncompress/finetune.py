@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from tncompress.batches import count_batches
 from tncompress.checkpoint import Checkpoint
 from tncompress.discovery import digest_of_model
 from tncompress.engine import accelerated, accuracy_of
 from tncompress.history import Epoch, History
+from tncompress.local import Crew, train_slices
 from tncompress.measure import device_of
 from tncompress.objectives import GlobalObjective
 from tncompress.randomness import kept_randomness
 from tncompress.recipe import KEEPING, FinetuneConfig, make_optimizer, make_schedule, parameter_groups
-from tncompress.running import copy_model, kept_modes
-from tncompress.slices import SliceDistillation, find_slices
+from tncompress.running import channels_last, copy_model, kept_modes
 from tncompress.trainer import Trainer
 from tncompress.watching import Position, Watch
 
@@ -44,6 +43,9 @@ def finetune(
     progress: bool = False,
     checkpoint: str | Path | None = None,
     log_dir: str | Path | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    address: str | None = None,
 ) -> History:
     """Return the history of training a copy of ``small``; its ``model`` is the tuned copy, on the CPU or GPU.
 
@@ -56,25 +58,32 @@ def finetune(
     With a folder ``checkpoint``, a run that was killed goes on where it was when the same call is made
     again, and ends with the same weights; after its end, the call returns what it returned. A folder of
     another run is refused. ``log_dir`` is where TensorBoard's files go. Started by ``torchrun`` or
-    ``accelerate launch``, the processes share each batch, and all return the same.
+    ``accelerate launch``, the processes share each batch, and all return the same. ``workers``, ``threads``
+    and ``address`` share out the slices of local epochs: to processes of this machine, or to a Ray cluster,
+    as in :func:`tncompress.workers.open_workers`; what is learned is the same, and a run may go on with
+    another number of them.
     """
-    config = FinetuneConfig.parse(config)
+    config, crew = FinetuneConfig.parse(config), Crew(workers, threads, address)
+    crew.check(config, launched=launched())
     count_batches(train_loader)
     if config.target_recovery is not None and (teacher is None or val_loader is None):
         raise ValueError("target_recovery needs a teacher and a val_loader, to know what was lost")
-    where = device if device is not None else None if _launched() else device_of(small)
-    with accelerated(config, where) as accelerator, kept_randomness():
+    where = device if device is not None else None if launched() else device_of(small)
+    with ExitStack() as stack, accelerated(config, where) as accelerator, kept_randomness():
         stages = _Stages(accelerator, train_loader, config, checkpoint)
         tuned = copy_model(small).to(accelerator.device)
         teacher = copy_model(teacher).to(accelerator.device) if teacher is not None else None
+        both = [tuned, teacher] if teacher is not None else [tuned]
+        stack.enter_context(channels_last(*both, on=config.channels_last))
         start = accuracy_of(accelerator, tuned, val_loader) if val_loader is not None else None
-        both = val_loader is not None and teacher is not None
-        dense = accuracy_of(accelerator, teacher, val_loader) if both else None  # type: ignore[arg-type]
+        dense = None
+        if val_loader is not None and teacher is not None:
+            dense = accuracy_of(accelerator, teacher, val_loader)
         goal = config.target_recovery
         watch = Watch("", val_loader, start, dense, goal, progress, _tracker(accelerator, log_dir))
         local, done = Position(), Position()
         if config.local_epochs:
-            local = stages.local(tuned, teacher, replace(watch, label="slices"))
+            local = stages.local(tuned, teacher, replace(watch, label="slices"), crew)
         if config.epochs and not local.reached:
             done = stages.whole(tuned, teacher, "tuned", replace(watch, label="tuning"))
         beside = control if isinstance(control, tuple) else ()
@@ -108,7 +117,9 @@ def train_(
         raise ValueError("train_ knows of no truncation to recover from: target_recovery is for finetune")
     count_batches(train_loader)
     frozen = kept_modes(teacher) if teacher is not None else nullcontext()
-    with frozen, accelerated(config, device_of(model)) as accelerator, kept_randomness():
+    both = [model, teacher] if teacher is not None else [model]
+    laid = channels_last(*both, on=config.channels_last)
+    with frozen, laid, accelerated(config, device_of(model)) as accelerator, kept_randomness():
         stages = _Stages(accelerator, train_loader, config, checkpoint)
         watch = Watch(label, val_loader, progress=progress)
         return tuple(stages.whole(model, teacher, "trained", watch).epochs)
@@ -130,26 +141,14 @@ class _Stages:
             raise FileExistsError(f"{self.folder} is a file: choose another checkpoint folder")
         self.count = count_batches(loader)
 
-    def local(self, model: nn.Module, teacher: nn.Module | None, watch: Watch) -> Position:
+    def local(self, model: nn.Module, teacher: nn.Module | None, watch: Watch, crew: Crew) -> Position:
         """Distil slice by slice: Adam at a constant rate, factors and their biases only."""
-        config = self.config
         if teacher is None:
             raise ValueError("local_epochs need a teacher, whose slices are reproduced")
-        objective = SliceDistillation(model, teacher, find_slices(model, config.slices))
-        trained = objective.trained()
-        if not trained:
-            raise ValueError("no factor in the slices requires a gradient: nothing can be trained")
-        kept = config.model_copy(
-            update={"lr": config.local_lr, "clip_norm": None, "frobenius_decay": 0.0, "ema": None}
-            | {"rebalance_every": None}
+        checkpoint = self._checkpoint("local", model, teacher)
+        return train_slices(
+            self.accelerator, model, teacher, self.loader, self.config, watch, checkpoint, crew
         )
-        frozen = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in trained)]
-        optimizer = torch.optim.Adam(trained, lr=config.local_lr)
-        with _no_gradients(frozen):
-            trainer = Trainer(
-                self.accelerator, objective, optimizer, LambdaLR(optimizer, lambda _: 1.0), kept, watch
-            )
-            return trainer.run(self.loader, config.local_epochs, self._checkpoint("local", model, teacher))
 
     def whole(
         self,
@@ -181,19 +180,7 @@ class _Stages:
         return Checkpoint(self.folder / name, run)
 
 
-@contextmanager
-def _no_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    parameters = list(parameters)
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
-def _launched() -> bool:
+def launched() -> bool:
     """Say whether this is one of several processes that were started to train together."""
     import os
 

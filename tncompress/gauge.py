@@ -21,6 +21,7 @@ from tncompress.layers import TNConv
 from tncompress.linalg import bond_scale, working_copy
 
 Network = tuple[tuple[str, ...], ...]
+Neighbours = dict[int, list[tuple[str, int]]]
 
 
 def squared_norm(layer: TNConv) -> Tensor:
@@ -92,12 +93,12 @@ def balanced_factors(network: Network, tensors: Sequence[Tensor], groups: int = 
         parts = [balanced_factors(network, [tensor[g] for tensor in work]) for g in range(groups)]
         found = [part for part in parts if part is not None]
         return [torch.stack(own) for own in zip(*found, strict=True)] if len(found) == groups else None
-    bonds = sorted({leg for legs in network for leg in legs if leg.startswith("r")})
-    owners = {bond: [k for k, legs in enumerate(network) if bond in legs] for bond in bonds}
-    if len(bonds) == 1 and len(network) > 2 and len(owners[bonds[0]]) == len(network):
-        return _equal_norms(network, work, bonds[0])
-    neighbours = _tree(owners, len(network))
-    return _Tree(network, work, neighbours).balanced() if neighbours is not None else None
+    if len(owners := bonds_of(network)) == 1 and len(network) > 2:
+        ((bond, ends),) = owners.items()
+        if len(ends) == len(network):
+            return _equal_norms(network, work, bond)
+    neighbours = tree_of(network)
+    return Tree(network, work, neighbours).balanced() if neighbours is not None else None
 
 
 def _equal_norms(network: Network, work: list[Tensor], bond: str) -> list[Tensor]:
@@ -113,11 +114,18 @@ def _equal_norms(network: Network, work: list[Tensor], bond: str) -> list[Tensor
     return work
 
 
-def _tree(owners: dict[str, list[int]], count: int) -> dict[int, list[tuple[str, int]]] | None:
+def bonds_of(network: Network) -> dict[str, list[int]]:
+    """Return the bonds of a network, each with the factors that hold it."""
+    bonds = sorted({leg for legs in network for leg in legs if leg.startswith("r")})
+    return {bond: [k for k, legs in enumerate(network) if bond in legs] for bond in bonds}
+
+
+def tree_of(network: Network) -> Neighbours | None:
     """Return each factor's bonds with the factor at the other end; None where they do not form a tree."""
+    owners, count = bonds_of(network), len(network)
     if any(len(ends) != 2 for ends in owners.values()) or len(owners) != count - 1:
         return None
-    neighbours: dict[int, list[tuple[str, int]]] = {k: [] for k in range(count)}
+    neighbours: Neighbours = {k: [] for k in range(count)}
     for bond, (one, other) in owners.items():
         neighbours[one].append((bond, other))
         neighbours[other].append((bond, one))
@@ -129,32 +137,39 @@ def _tree(owners: dict[str, list[int]], count: int) -> dict[int, list[tuple[str,
     return neighbours if len(seen) == count else None
 
 
-class _Tree:
-    """Factors of a tree: turned to isometries towards the first, whose norm is then carried outwards."""
+class Tree:
+    """Factors of a tree, in work: turned to isometries towards the first, whose norm is carried outwards.
 
-    def __init__(
-        self, network: Network, work: list[Tensor], neighbours: dict[int, list[tuple[str, int]]]
-    ) -> None:
-        self.network, self.work, self.neighbours = network, work, neighbours
+    ``values`` are the singular values of the kernel across each bond, once they were found.
+    """
+
+    def __init__(self, network: Network, work: list[Tensor], neighbours: Neighbours) -> None:
+        self.network, self.work, self.neighbours = network, list(work), neighbours
+        self.values: dict[str, Tensor] = {}
 
     def balanced(self) -> list[Tensor]:
-        self._gather(0, None)
+        """Return the factors with both sides of every bond even."""
+        self.gather(0, None)
         self._spread(0, None, self.work[0])
         return self.work
 
-    def _gather(self, k: int, parent: int | None) -> None:
+    def gather(self, k: int, parent: int | None) -> None:
+        """Turn all factors behind ``k``, seen from ``parent``, to isometries; ``k`` takes over their norm."""
         for bond, child in self.neighbours[k]:
-            if child == parent:
-                continue
-            self._gather(child, k)
-            axis = self.network[child].index(bond)
-            rows = self.work[child].movedim(axis, -1)
-            q, r = torch.linalg.qr(rows.flatten(0, -2))
-            if q.shape[1] < len(r.mT):  # more values on the bond than the child has: the rest is zero
-                missing = len(r.mT) - q.shape[1]
-                q, r = nn.functional.pad(q, (0, missing)), nn.functional.pad(r, (0, 0, 0, missing))
-            self.work[child] = q.reshape(rows.shape).movedim(-1, axis)
-            self.work[k] = self._times(k, bond, self.work[k], r.mT)
+            if child != parent:
+                self.gather(child, k)
+                self.push(child, bond, k)
+
+    def push(self, child: int, bond: str, k: int) -> None:
+        """Turn ``child`` to an isometry towards factor ``k``, which takes over its norm."""
+        axis = self.network[child].index(bond)
+        rows = self.work[child].movedim(axis, -1)
+        q, r = torch.linalg.qr(rows.flatten(0, -2))
+        if q.shape[1] < len(r.mT):  # more values on the bond than the child has: the rest is zero
+            missing = len(r.mT) - q.shape[1]
+            q, r = nn.functional.pad(q, (0, missing)), nn.functional.pad(r, (0, 0, 0, missing))
+        self.work[child] = q.reshape(rows.shape).movedim(-1, axis)
+        self.work[k] = self.times(k, bond, self.work[k], r.mT)
 
     def _spread(self, k: int, parent: int | None, carrier: Tensor) -> None:
         """Balance the bonds from factor ``k`` outwards; ``carrier`` is that one with the whole norm."""
@@ -165,13 +180,14 @@ class _Tree:
             if len(columns) < columns.shape[1]:
                 columns = nn.functional.pad(columns, (0, 0, 0, columns.shape[1] - len(columns)))
             _, s, vh = torch.linalg.svd(torch.linalg.qr(columns, mode="r").R)
+            self.values[bond] = s
             scale = bond_scale(s)
-            turned = self._times(child, bond, self.work[child], vh.mT)
-            self.work[k] = self._times(k, bond, self.work[k], vh.mT / scale)
-            self.work[child] = self._times(child, bond, turned, torch.diag(scale))
-            self._spread(child, k, self._times(child, bond, turned, torch.diag(s)))
+            turned = self.times(child, bond, self.work[child], vh.mT)
+            self.work[k] = self.times(k, bond, self.work[k], vh.mT / scale)
+            self.work[child] = self.times(child, bond, turned, torch.diag(scale))
+            self._spread(child, k, self.times(child, bond, turned, torch.diag(s)))
 
-    def _times(self, k: int, bond: str, tensor: Tensor, matrix: Tensor) -> Tensor:
+    def times(self, k: int, bond: str, tensor: Tensor, matrix: Tensor) -> Tensor:
         """Return ``tensor``, legs as of factor ``k``, with ``matrix`` applied to the leg ``bond``."""
         axis = self.network[k].index(bond)
         return torch.tensordot(tensor, matrix, dims=([axis], [0])).movedim(-1, axis)

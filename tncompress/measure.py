@@ -204,3 +204,23 @@ class _StorageTracker(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
         return result
+
+
+def peak_training_memory(model: nn.Module, inputs: Any, labels: Tensor) -> int:
+    """Return the peak bytes of tensors alive in a training step, as :func:`peak_memory` counts them.
+
+    The step is the forward pass in training mode, cross-entropy, and the backward pass of a copy of the
+    model, without what an optimizer keeps.
+    """
+    trained = copy_model(model).train()
+    device = device_of(trained)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        F.cross_entropy(call_model(trained, inputs), labels).backward()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    held = [*trained.parameters(), *trained.buffers(), *tree_leaves(inputs), labels]
+    tracker = _StorageTracker(tensor for tensor in held if isinstance(tensor, Tensor))
+    with tracker:
+        F.cross_entropy(call_model(trained, inputs), labels).backward()
+    return tracker.peak

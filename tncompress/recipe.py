@@ -40,8 +40,9 @@ class FinetuneConfig(BaseModel):
     inputs.
 
     ``accumulate`` batches make one step. ``mixed_precision`` ``auto`` is bf16 on CUDA devices that have
-    it, and off elsewhere. A run ends early at ``target_recovery`` of the accuracy lost. Checkpoints are
-    written at the end of each epoch, and in between after ``checkpoint_every`` steps or
+    it, and off elsewhere. ``channels_last`` has images and kernels in that order in memory while they are
+    trained, which is often faster. A run ends early at ``target_recovery`` of the accuracy lost.
+    Checkpoints are written at the end of each epoch, and in between after ``checkpoint_every`` steps or
     ``checkpoint_seconds``.
     """
 
@@ -70,6 +71,7 @@ class FinetuneConfig(BaseModel):
     slices: Literal["layer", "block"] | tuple[str, ...] = "layer"
     accumulate: int = Field(1, ge=1)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    channels_last: bool = False
     target_recovery: float | None = Field(None, gt=0)
     checkpoint_every: int | None = Field(None, ge=1)
     checkpoint_seconds: float = Field(60.0, gt=0)

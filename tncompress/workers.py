@@ -48,7 +48,7 @@ def open_workers(
     elif count > 1:
         team = _Processes(job, count, threads or max(1, torch.get_num_threads() // count))
     try:
-        with _threads(threads if team is None else None):
+        with threads_of(threads if team is None else None):
             yield team if team is not None else lambda units: ((unit, job.run(unit)) for unit in units)
     finally:
         if team is not None:
@@ -56,7 +56,8 @@ def open_workers(
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads_of(count: int | None) -> Iterator[None]:
+    """Have torch compute with so many threads while the block runs; None leaves their number as it is."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

@@ -1,0 +1,258 @@
+"""The page docs/recovery.md, from the rows that finetune_recovery.py measured and from nothing else."""
+
+import math
+import statistics
+from collections import defaultdict
+
+from tncompress.tables import markdown_table
+
+POINTS = {4: (3, 0.1), 8: (5, 0.3), 16: (5, 1.0)}
+"""By how many times fewer parameters: after how many epochs, and how far below the control at most."""
+FORMATS = ("auto", "mps", "tucker", "cp")
+PEERS = ("tltorch CP", "tltorch Tucker", "tltorch TT")
+NAMES = {"auto": "mixed"}
+LAYOUTS = ("channels first", "channels last")
+
+INTRO = """# Recovery
+
+How much of the accuracy fine-tuning brings back, how fast, and beside what. Convolution parameters are cut
+4, 8 and 16 times under one budget over the model (*mixed*: formats are chosen layer by layer), fitted and
+repaired on 1,024 unlabelled images; then come epochs with labels, the dense network as the teacher.
+Beside them stand the dense network trained for as many epochs more with the same settings, the same shape
+trained from scratch, and tltorch's layers of at most as many parameters with the same recipe, after their
+BatchNorm statistics were taken again. Accuracies in percent on the test images, mean ± standard deviation
+over the seeds of the dense training (no ± where one was measured); differences are taken seed by seed. A
+dash: not measured. Everything here is written by
+
+```console
+python examples/accuracy_at_size.py train
+python examples/finetune_recovery.py measure --network cnn4      # --brief: what the goals are about
+python examples/finetune_recovery.py measure --network resnet20
+python examples/finetune_recovery.py steps --network resnet20
+python examples/finetune_recovery.py page
+```
+
+from the rows in `docs/recovery.jsonl`. A run that is stopped goes on where it was.
+"""
+
+
+class Rows:
+    """Accuracies by what they are of, each by its seed."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = [row for row in rows if "accuracy" in row]
+        self.steps = [row for row in rows if row.get("format") == "step"]
+        self.found: dict[tuple, dict[int, float]] = defaultdict(dict)
+        self.about: dict[tuple, dict] = {}
+        for row in self.rows:
+            key = self.key(
+                **{name: row.get(name) for name in ("network", "times", "format", "recipe", "of", "epoch")}
+            )
+            self.found[key][row["seed"]] = row["accuracy"]
+            self.about[key] = row
+        self.networks = sorted({row["network"] for row in self.rows})
+
+    @staticmethod
+    def key(network, format, epoch, times=None, recipe=None, of=None) -> tuple:
+        """Return what an accuracy is of; what is measured before training has no length."""
+        return network, times, format, recipe, of if epoch else None, epoch
+
+    def get(self, network: str, format: str, epoch: int, **rest) -> dict[int, float]:
+        """Return the accuracies, by seed; none where nothing was measured."""
+        return self.found.get(self.key(network, format, epoch, **rest), {})
+
+
+def shown(values, digits: int = 2) -> str:
+    """Return mean ± standard deviation, or a dash."""
+    found = list(values.values()) if isinstance(values, dict) else list(values)
+    if not found:
+        return "–"
+    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.{digits}f}{spread}"
+
+
+def gaps(one: dict[int, float], other: dict[int, float]) -> list[float]:
+    """Return by how much ``one`` is above ``other``, for the seeds that both have."""
+    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+
+
+def verdict(met: bool | None) -> str:
+    """Return what is said of a goal."""
+    return "–" if met is None else "met" if met else "**not met**"
+
+
+def page(rows: list[dict]) -> str:
+    """Return the page as Markdown."""
+    found = Rows(rows)
+    parts = [INTRO, "\n## Against the goals\n\n" + goals(found)]
+    for network in found.networks:
+        parts.append(f"\n## {network}\n\n" + curves(found, network))
+        if table := recipes(found, network):
+            parts.append(f"\n## {network}: which settings help\n\n" + table)
+        if table := equal_time(found, network):
+            parts.append(f"\n## {network}: slices, the whole, and both\n\n" + table)
+    if found.steps:
+        parts.append("\n## A step of training\n\n" + steps(found))
+    return "\n".join(part.strip("\n") + "\n" for part in parts)
+
+
+def goals(found: Rows) -> str:
+    """Return what was aimed at beside what was measured."""
+    lines = []
+    for network in found.networks:
+        for times, (of, most) in POINTS.items():
+            control = found.get(network, "dense control", of, of=of)
+            ours = found.get(network, "auto", of, times=times, recipe="global", of=of)
+            below = [-gap for gap in gaps(ours, control)]
+            met = statistics.mean(below) <= most if below else None
+            aim = f"after {of} epochs at most {most} below the dense control"
+            said = f"{shown(below)} ({shown(ours)} beside {shown(control)})" if below else "–"
+            lines.append((network, f"{times}x", aim, said, verdict(met)))
+            lines += [ahead(found, network, times, of)]
+    for row in found.steps:
+        for way in row["macs"]:
+            if way != "dense" and row["environment"]["device"] in ("x86_64", "aarch64", "arm64"):
+                lines.append(faster(row, way))
+    return markdown_table(("network", "fewer", "aim", "measured", ""), lines) if lines else "Nothing yet.\n"
+
+
+def faster(row: dict, way: str) -> tuple:
+    """Return the line that says whether a step is faster by half of its MAC ratio, in its better layout."""
+    ratio = row["macs"]["dense"] / row["macs"][way]
+    best = {name: min(row[layout][name] for layout in LAYOUTS) for name in ("dense", way)}
+    got = best["dense"] / best[way]
+    about = f"{way}, batch {row['batch']}, {words_of(row)}"
+    aim = f"a training step faster by half of the MAC ratio ({about})"
+    return row["network"], "", aim, f"{got:.2f}x faster at {ratio:.2f}x fewer MACs", verdict(got >= ratio / 2)
+
+
+def words_of(row: dict) -> str:
+    """Return the precision of a step."""
+    return {"no": "float32"}.get(row["precision"], row["precision"])
+
+
+def ahead(found: Rows, network: str, times: int, of: int) -> tuple:
+    """Return the line that says whether ours are ahead of tltorch's after every epoch up to ``of``."""
+    told, over = [], []
+    for epoch in range(1, of + 1):
+        rest = {"times": times, "recipe": "global", "of": of}
+        ours = found.get(network, "auto", epoch, **rest)
+        theirs = {name: found.get(network, name, epoch, **rest) for name in PEERS}
+        theirs = {name: own for name, own in theirs.items() if gaps(ours, own)}
+        if theirs:
+            name = max(theirs, key=lambda name: statistics.mean(theirs[name].values()))
+            over.append(statistics.mean(gaps(ours, theirs[name])))
+            told.append(f"{over[-1]:+.2f} ({name})")
+    aim = "ahead of the best of tltorch's after every epoch"
+    return network, f"{times}x", aim, ", ".join(told) or "–", verdict(min(over) > 0 if over else None)
+
+
+def curves(found: Rows, network: str) -> str:
+    """Return the accuracies on the way, a line for each training."""
+    dense = shown(found.get(network, "dense", 0))
+    longest = max((row["of"] for row in found.rows if row["network"] == network and row.get("of")), default=1)
+    header = (
+        "fewer",
+        "format",
+        "start",
+        "truncated",
+        "repaired",
+        *(f"epoch {n}" for n in range(1, longest + 1)),
+    )
+    lines = []
+    lengths = sorted({row["of"] for row in found.rows if row["network"] == network and row.get("of")})
+    for of in lengths:
+        told = [shown(found.get(network, "dense control", n, of=of)) for n in range(1, of + 1)]
+        if set(told) != {"–"}:
+            lines.append(("1x", "dense control", f"{of} epochs", dense, "", *told, *[""] * (longest - of)))
+    for times in sorted(
+        {row["times"] for row in found.rows if row.get("times") and row["network"] == network}
+    ):
+        for format in (*FORMATS, *PEERS):
+            before = [
+                shown(found.get(network, format, 0, times=times, recipe=r)) for r in ("truncated", "repaired")
+            ]
+            for recipe in ("global", "scratch"):
+                for of in lengths:
+                    rest = {"times": times, "recipe": recipe, "of": of}
+                    told = [shown(found.get(network, format, n, **rest)) for n in range(1, of + 1)]
+                    if set(told) == {"–"}:
+                        continue
+                    start = f"{of} epochs" if recipe == "global" else f"from scratch, {of} epochs"
+                    own = before if recipe == "global" else ["", ""]
+                    name = NAMES.get(format, format)
+                    lines.append((f"{times}x", name, start, *own, *told, *[""] * (longest - of)))
+    return f"The dense network: {dense}.\n\n" + markdown_table(header, lines)
+
+
+def recipes(found: Rows, network: str) -> str:
+    """Return how far each setting is above the plain recipe, seed by seed."""
+    lines = []
+    for key in sorted(found.found, key=str):
+        own, times, format, recipe, of, epoch = key
+        if own != network or epoch != of or recipe in (None, "global", "scratch") or "equal time" in recipe:
+            continue
+        plain = found.get(network, format, of, times=times, recipe="global", of=of)
+        over = gaps(found.found[key], plain)
+        if over:
+            where = f"{times}x, {NAMES.get(format, format)}, {of} epochs"
+            lines.append((recipe, where, shown(found.found[key]), shown(plain), shown(over), said(over)))
+    header = ("setting", "where", "with it", "without", "difference", "")
+    return markdown_table(header, lines) if lines else ""
+
+
+def said(over: list[float]) -> str:
+    """Return whether a difference is more than the seeds alone would give: over two standard errors."""
+    if len(over) < 2:
+        return "one seed"
+    error = statistics.stdev(over) / math.sqrt(len(over))
+    mean = statistics.mean(over)
+    return "no difference seen" if abs(mean) <= 2 * error else "helps" if mean > 0 else "harms"
+
+
+def equal_time(found: Rows, network: str) -> str:
+    """Return local, global and hybrid after as many epochs, and after as much time."""
+    lines = []
+    points = sorted(
+        {key[1:3] + key[4:5] for key in found.found if key[0] == network and "equal time" in str(key[3])}
+    )
+    for times, format, of in points:
+        rest = {"times": times, "of": of}
+        for recipe in ("global", "local", "hybrid"):
+            same = found.get(network, format, of, recipe=recipe, **rest)
+            name = recipe if recipe == "global" else f"{recipe}, equal time"
+            timed = found.get(network, format, of, recipe=name, **rest)
+            about = found.about.get(found.key(network, format, of, recipe=name, **rest), {})
+            length = "{} local, {} global".format(*about["epochs"]) if "epochs" in about else "–"
+            where = f"{times}x, {NAMES.get(format, format)}"
+            lines.append(
+                (
+                    recipe,
+                    where,
+                    f"{of}",
+                    shown(same),
+                    length,
+                    f"{about['time']:.2f}" if "time" in about else "–",
+                    shown(timed),
+                )
+            )
+    header = ("recipe", "where", "epochs", "accuracy", "in equal time", "time, over global", "accuracy then")
+    return markdown_table(header, lines) if lines else ""
+
+
+def steps(found: Rows) -> str:
+    """Return time and memory of a step of training."""
+    lines = []
+    for row in found.steps:
+        for name, macs in row["macs"].items():
+            times = [f"{1e3 * row[layout][name]:.1f}" for layout in LAYOUTS]
+            sizes = [f"{row[what][name] / 2**20:.1f}" for what in ("peak bytes", "forward bytes")]
+            where = f"{row['network']}, batch {row['batch']}, {words_of(row)}"
+            lines.append((where, name, f"{macs / 1e6:.1f}", *times, *sizes))
+    last = ("ms, channels first", "ms, channels last", "peak MiB in training", "peak MiB forward")
+    about = {", ".join(f"{k} {v}" for k, v in row["environment"].items()) for row in found.steps}
+    words = (
+        "Forward, backward and optimizer, the fastest of steps in turns; memory of tensors alive, in float32."
+    )
+    table = markdown_table(("where", "model", "million MACs an image", *last), lines)
+    return f"{table}\n\n{words} Measured on {'; '.join(sorted(about))}.\n"

@@ -1,0 +1,86 @@
+"""What a step of training takes, dense and compressed: time in turns, and memory."""
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from accuracy_at_size import append
+from torch import nn
+
+import tncompress as tnc
+from tncompress.measure import macs, peak_memory, peak_training_memory
+from tncompress.report import environment
+from tncompress.running import copy_model
+
+WAYS = {
+    "mixed": ("auto", lambda model: None),
+    "separable": ({"name": "svd", "cut": "out kw|in kh"}, lambda model: None),
+    "tucker": ("tucker", lambda model: None),
+}
+"""How there come to be fewer MACs: the format, and what is done to the model before it is trained."""
+
+
+def steps(options: argparse.Namespace) -> None:
+    """Append what a training step takes, dense and at a quarter of the MACs, in turns, and its memory."""
+    network, device, batch = options.network, options.device, options.batch
+    shape = (3, 224, 224) if network == "resnet50" else (1, 28, 28)
+    dense = tnc.build_model(f"zoo:{network}", num_classes=10, in_channels=shape[0]).to(device)
+    x = torch.randn(batch, *shape, device=device)
+    y = torch.randint(10, (batch,), device=device)
+    models = {"dense": dense}
+    for way, (format, prepare) in WAYS.items():
+        spec = {"default": {"format": format}, "budget": {"macs": 0.25}}
+        try:
+            models[way] = tnc.compress(dense, spec, example_inputs=x[:1])
+        except ValueError as error:
+            print(f"{way}: {error}")
+            continue
+        prepare(models[way])
+    row = {"network": network, "format": "step", "batch": batch, "precision": options.precision}
+    row["environment"] = environment()
+    row["macs"] = {name: macs(model, x[:1]) for name, model in models.items()}
+    row["peak bytes"] = {name: peak_training_memory(model, x, y) for name, model in models.items()}
+    row["forward bytes"] = {name: peak_memory(model, x) for name, model in models.items()}
+    for layout in ("channels first", "channels last"):
+        losses = {}
+        for name, model in models.items():
+            trained = copy_model(model).train()
+            if layout == "channels last":
+                trained = trained.to(memory_format=torch.channels_last)
+            losses[name] = trainer_of(trained, x, y)
+        taken = in_turns(losses, options, rounds=options.rounds)
+        row[layout] = {name: min(found) for name, found in taken.items()}  # others only ever add
+    append(options.results, row)
+    print(json.dumps(row, indent=1))
+
+
+def trainer_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Return a function that makes the step of the last call's gradients, then gives the loss again."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9)
+
+    def loss() -> torch.Tensor:
+        optimizer.step()
+        optimizer.zero_grad()
+        return nn.functional.cross_entropy(model(x), y)
+
+    return loss
+
+
+def in_turns(losses: dict[str, Callable], options: argparse.Namespace, rounds: int) -> dict[str, list]:
+    """Return the seconds that each way to a loss takes, its backward pass included, round by round."""
+    taken = defaultdict(list)
+    kind = torch.device(options.device).type
+    for number in range(rounds):
+        for name, loss in losses.items():
+            started = time.perf_counter()
+            with torch.autocast(kind, torch.bfloat16, enabled=options.precision == "bf16"):
+                found = loss()
+            found.backward()
+            if kind == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                taken[name].append(time.perf_counter() - started)
+    return taken
