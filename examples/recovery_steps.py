@@ -19,6 +19,7 @@ WAYS = {
     "mixed": ("auto", lambda model: None),
     "separable": ({"name": "svd", "cut": "out kw|in kh"}, lambda model: None),
     "tucker": ("tucker", lambda model: None),
+    "mixed, checkpointing": ("auto", tnc.checkpoint_activations_),
 }
 """How there come to be fewer MACs: the format, and what is done to the model before it is trained."""
 

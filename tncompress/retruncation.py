@@ -186,6 +186,7 @@ def _like(old: TNConv, ranks: Ranks, fit: Fit) -> TNConv:
         bias = old.bias.detach().clone() if old.bias is not None else None
         new = TNConv(old.format, old.geometry, fit.factors, bias, rel_error=fit.rel_error)
     assert new.ranks == ranks
+    new.checkpointing = old.checkpointing
     for mine, theirs in zip(new.parameters(), old.parameters(), strict=True):
         mine.requires_grad_(theirs.requires_grad)
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(old.factors[0].ndim)
