@@ -13,7 +13,7 @@ from tncompress.calibrate import Calibration, calibrate
 from tncompress.cost_model import choose_contractions_
 from tncompress.cuts import Cut
 from tncompress.cutting import AchievedCut, Truncation, truncate
-from tncompress.export import export_onnx, load, save
+from tncompress.export import load, save
 from tncompress.finetune import FinetuneConfig, History, finetune, train_
 from tncompress.formats import CP, MPS, SVD, Format, Tucker, register_format
 from tncompress.freezing import Frozen, freeze
@@ -31,12 +31,15 @@ from tncompress.interop import (
 )
 from tncompress.layers import TNConv
 from tncompress.measure import evaluate
+from tncompress.onnx_export import export_onnx, quantize_onnx
+from tncompress.packaged import export_aoti
 from tncompress.plan import BudgetReport, LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
 from tncompress.programs import export_program
 from tncompress.repair import RepairReport, repair
 from tncompress.report import Report, report
 from tncompress.responses import Sensitivity
+from tncompress.saved import SavedModel, read_saved
 from tncompress.sensitivity import quick_sensitivity, sensitivity
 from tncompress.spec import (
     EVBMF,
@@ -90,6 +93,7 @@ __all__ = [
     "RepairReport",
     "Report",
     "Rule",
+    "SavedModel",
     "Sensitivity",
     "Settings",
     "Skip",
@@ -104,6 +108,7 @@ __all__ = [
     "choose_contractions_",
     "compress",
     "evaluate",
+    "export_aoti",
     "export_onnx",
     "export_program",
     "finetune",
@@ -115,7 +120,9 @@ __all__ = [
     "load_weights",
     "make_plan",
     "merge",
+    "quantize_onnx",
     "quick_sensitivity",
+    "read_saved",
     "register_format",
     "repair",
     "report",
