@@ -173,8 +173,7 @@ def write_card(folder: Path, name: str, manifest: Mapping[str, Any], measured: S
         "```python",
         "import tncompress as tnc",
         "",
-        f"model = {call}"
-        + ("" if found.source else "  # the dense architecture, or a function that makes it"),
+        f"model = {call}",
         "```",
         "",
         found.to_markdown(),
