@@ -96,7 +96,7 @@ def test_what_is_in_it_is_read_without_its_weights(name):
 
 
 def test_there_is_a_folder_of_the_version_that_is_written(tmp_path):
-    """And what is written now has the keys that it had when the folder was made: a change is a new version."""
+    """What is written now has the keys that it had when the folder was made: a change is a new version."""
     version = tnc.export.FORMAT_VERSION
     (name,) = [name for name, number in FOLDERS.items() if number == version]
     write(tmp_path / "now")

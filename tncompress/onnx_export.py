@@ -99,8 +99,8 @@ def quantize_onnx(
 
     ``static`` takes the ranges of activations from ``batches`` of inputs (tensors, or tuples that begin with
     one; up to 512 images), and is what convolutions want; ``dynamic`` takes them anew from every input. The
-    default is static where there are batches. Weights have a scale for each output channel. What the
-    rounding costs in accuracy depends on the model: measure it.
+    default is static where there are batches, and weights then have a scale for each output channel. What
+    the rounding costs in accuracy depends on the model: measure it.
     """
     from onnxruntime import quantization as q
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -116,13 +116,15 @@ def quantize_onnx(
     with new_file(out, overwrite=overwrite) as fresh:
         ready = fresh.with_name("ready.onnx")
         try:
-            quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
+            quant_pre_process(str(path), str(ready))
             if kind == "dynamic":
-                q.quantize_dynamic(str(ready), str(fresh), per_channel=True, weight_type=q.QuantType.QUInt8)
+                q.quantize_dynamic(str(ready), str(fresh), weight_type=q.QuantType.QUInt8)
             else:
                 assert batches is not None
                 q.quantize_static(str(ready), str(fresh), _Reader(path, batches), per_channel=True)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # of protobuf, of onnx, of onnxruntime, or of the data
+            if isinstance(error, OSError | MemoryError):
+                raise
             raise ValueError(f"onnxruntime can't quantize {path} ({one_line(error)})") from error
         finally:
             ready.unlink(missing_ok=True)

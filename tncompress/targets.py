@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from tncompress.cuts import legs_of
 from tncompress.discovery import Layer, find_layers
 from tncompress.interop import to_tensornetwork, to_tltorch
 from tncompress.layers import TNConv
@@ -174,16 +175,15 @@ def _tensornetwork(wanted: Wanted) -> Facts:
             module = module.float() if module.factors[0].itemsize < 4 else module  # HDF5 knows no bfloat16
             files = []
             for group in range(groups):
-                nodes, edges = to_tensornetwork(module, group if groups > 1 else None)
+                nodes, _ = to_tensornetwork(module, group if groups > 1 else None)
                 name = re.sub(r"[^\w.-]", "_", layer.name) + (f".{group}" if groups > 1 else "") + ".h5"
                 tensornetwork.save_nodes(nodes, str(folder / name))
                 files.append(name)
-            order = [edge.name for edge in edges]
             index[layer.name] = {
                 "files": files,
                 "format": module.format.to_dict(),
                 "ranks": list(module.ranks),
-                "dangling": order,
+                "dangling_axes": list(legs_of(len(module.geometry.kernel_shape))),
             }
         (folder / NETWORKS).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return {"networks": sum(len(entry["files"]) for entry in index.values())}
