@@ -18,6 +18,7 @@ from tncompress.finetune import FinetuneConfig, History, finetune, train_
 from tncompress.formats import CP, MPS, SVD, Format, Tucker, register_format
 from tncompress.freezing import Frozen, freeze
 from tncompress.geometry import ConvGeometry
+from tncompress.hub import from_pretrained, push_to_hub
 from tncompress.interop import (
     Einsum,
     KernelNodes,
@@ -113,6 +114,7 @@ __all__ = [
     "export_program",
     "finetune",
     "freeze",
+    "from_pretrained",
     "from_quimb",
     "from_tensornetwork",
     "from_tltorch",
@@ -120,6 +122,7 @@ __all__ = [
     "load_weights",
     "make_plan",
     "merge",
+    "push_to_hub",
     "quantize_onnx",
     "quick_sensitivity",
     "read_saved",
