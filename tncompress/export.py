@@ -29,7 +29,7 @@ from tncompress.saved import measured_in, write_card
 from tncompress.storage import new_directory
 from tncompress.swap import replace_module_
 from tncompress.textfiles import one_line
-from tncompress.weights import load_weights, save_weights
+from tncompress.weights import Unfilled, fill_weights, save_weights
 from tncompress.zoo import build_model
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "WEIGHTS", "load", "read_manifest", "save"]
@@ -112,7 +112,7 @@ def _load(folder: Path, manifest: Mapping[str, Any], model: Any) -> nn.Module:
         for name in names:
             replace_module_(target, name, layer)
     _match_dtypes(target, weights)
-    load_weights(target, weights)
+    fill_weights(target, weights)
     if plan is not None:
         target.tncompress_plan = plan  # type: ignore[assignment]
     return target.eval()
@@ -156,7 +156,8 @@ def _architecture(manifest: Mapping[str, Any], model: Any, folder: Path) -> nn.M
     with _in_one_line(f"{folder} needs another model=: building {one_line(source)} failed"):
         if (size := _size_of(source)) > LARGEST_RATIO * stored:
             raise ValueError(f"a model of {size} numbers is far too large for {stored} bytes of weights")
-        return build_model(**source)
+        with Unfilled():
+            return build_model(**source)
 
 
 def _size_of(source: Mapping[str, Any]) -> int:

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tncompress.cost_model import choose_contractions_
 from tncompress.discovery import refuse_wrapped
 from tncompress.freezing import frozen_graph
+from tncompress.programs import relative_error
 from tncompress.running import copy_model, eval_mode
 from tncompress.storage import new_file
 from tncompress.textfiles import one_line
@@ -32,7 +34,7 @@ def export_onnx(
     tolerance: float = 1e-4,
     overwrite: bool = True,
 ) -> float:
-    """Write ``model`` as ONNX with a dynamic batch axis; return how far onnxruntime's output is off.
+    """Write ``model`` as ONNX with a dynamic batch axis; return how far onnxruntime's outputs are off.
 
     With ``fused`` each layer runs as the contraction that takes the least time by the model of the machine
     (:func:`tncompress.choose_contractions_`): neighbouring cores are merged into one convolution where that
@@ -41,8 +43,8 @@ def export_onnx(
     Both need a model that ``torch.fx`` can follow, else they are a ``ValueError``.
 
     The file is checked by ``onnx.checker`` and run by onnxruntime on a batch of another size than it was
-    traced with. An output that differs by more than ``tolerance``, relative to the largest, is a
-    ``ValueError``, and no file is left.
+    traced with. An output that differs by more than ``tolerance``, relative to its largest value, is a
+    ``ValueError``, and no file is left. Nested outputs come in their order.
     """
     import onnx
 
@@ -53,6 +55,8 @@ def export_onnx(
     batch = torch.export.Dim("batch", min=1)
     with new_file(path, overwrite=overwrite) as fresh, eval_mode(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        wanted = model(other)
+        count = len(tree_leaves(wanted))
         torch.onnx.export(
             _prepared(model, traced, fused=fused, fold_batchnorm=fold_batchnorm),
             (traced,),
@@ -60,12 +64,12 @@ def export_onnx(
             dynamo=True,
             dynamic_shapes=({0: batch},),
             input_names=["input"],
-            output_names=["output"],
+            output_names=["output"] if count == 1 else [f"output{i}" for i in range(count)],
             external_data=False,
             verbose=False,
         )
         onnx.checker.check_model(str(fresh))
-        error = _onnx_error(fresh, other, model(other))
+        error = _onnx_error(fresh, other, wanted)
         if not error <= tolerance:
             raise ValueError(f"the ONNX model's output is off by {error:.2g}, wanted at most {tolerance:.2g}")
     return error
@@ -168,11 +172,15 @@ def session(path: str | Path, threads: int = 0) -> Any:
 
 def run_onnx(path: str | Path, x: Tensor) -> Tensor:
     """Return the first output of the ONNX model at ``path`` for ``x``."""
+    return _outputs(path, x)[0]
+
+
+def _outputs(path: str | Path, x: Tensor) -> list[Tensor]:
     opened = session(path)
-    output, *_ = opened.run(None, {opened.get_inputs()[0].name: x.cpu().numpy()})
-    return torch.from_numpy(output)
+    found = opened.run(None, {opened.get_inputs()[0].name: x.cpu().numpy()})
+    return [torch.from_numpy(output) for output in found]
 
 
-def _onnx_error(path: Path, x: Tensor, wanted: Tensor) -> float:
-    wanted = wanted.cpu()
-    return float((run_onnx(path, x) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+def _onnx_error(path: Path, x: Tensor, wanted: Any) -> float:
+    """Return the largest difference of an output from the one wanted, relative to the largest value in it."""
+    return relative_error(_outputs(path, x), [output.cpu() for output in tree_leaves(wanted)])

@@ -118,6 +118,6 @@ def relative_error(got: Any, wanted: Any) -> float:
             if a.shape != b.shape:
                 return float("inf")
             if b.numel():
-                a, b = a.double(), b.double()
+                a, b = a.detach().double(), b.detach().double()
                 errors.append(float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)))
     return max(errors)
