@@ -175,7 +175,7 @@ def latency(name, *, side, batch, times, rounds):
         "model": name,
         "batch": batch,
         "side": side,
-        "macs_times": plan.macs_model / plan.macs,
+        "macs_times": plan.macs_dense / plan.macs,
         "seconds": {form: min(found) for form, found in seconds.items()},
         "median": {form: float(np.median(found)) for form, found in seconds.items()},
         "differences": errors,
