@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all bugs test-fast lint docs bench grid zoo accuracy recovery atlas clean
+.PHONY: demo test test-all bugs test-fast lint docs bench grid zoo accuracy recovery atlas deployment clean
 
 demo: $(VENV)/.base
 	$(BIN)/tncompress demo --overwrite $(ARGS)
@@ -55,6 +55,9 @@ recovery: $(VENV)/.test
 
 atlas: $(VENV)/.base
 	$(BIN)/python examples/atlas_speed.py --out docs/atlas_speed.md $(ARGS)
+
+deployment: $(VENV)/.base
+	$(BIN)/python examples/deployment.py $(ARGS)
 
 # A stamp says which extras are installed, and is older than pyproject.toml when they have changed.
 $(VENV)/.base: pyproject.toml

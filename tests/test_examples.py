@@ -2,8 +2,11 @@
 
 import json
 
+import deployment
+import deployment_page
 import finetune_recovery
 import geometry_grid
+import open_a_layer
 import pytest
 import recovery_page
 import torch
@@ -95,3 +98,79 @@ def test_the_page_says_whether_a_step_is_fast_enough():
     assert "(mixed, batch 8, float32) | 1.67x faster at 4.00x fewer MACs | **not met** |" in page
     row["channels last"]["mixed"] = 1.0
     assert "2.00x faster at 4.00x fewer MACs | met |" in recovery_page.page([row])
+
+
+def test_a_layer_is_opened_and_put_back(tmp_path, capsys):
+    open_a_layer.main(
+        ["--channels", "12", "--side", "8", "--keep", "4", "--draw", str(tmp_path / "layer.png")]
+    )
+    said = capsys.readouterr().out
+    assert "put back: ranks (4, 18, 6)" in said
+    gap = float(said.split("put back: ranks (6, 18, 6), off the layer by ")[1].split()[0])
+    assert gap < 1e-5
+    assert "the dense convolution" in said
+    assert (tmp_path / "layer.png").stat().st_size > 1000
+
+
+ROW = {"machine": "x86_64, 2 threads", "torch": "2", "onnxruntime": "1", "date": "2026-01-01"}
+
+
+def test_the_page_on_deployment_says_the_last_of_each_kind(tmp_path):
+    def size(kind, form, size, off=0.0):
+        return {"part": "sizes", "model": "net", "kind": kind, "form": form, "bytes": size, **ROW} | {
+            "difference": off
+        }
+
+    times = {"dense": 0.8, "chain": 0.5, "fused": 0.4}
+    rows = [
+        size("dense", "saved", 4000),
+        size("dense", "ONNX", 4100),
+        size("compressed", "ONNX", 9999),
+        size("compressed", "saved", 1000),
+        size("compressed", "stripped", 1000),
+        size("compressed", "ONNX", 1025, 2e-7),
+        {"part": "latency", "model": "r", "batch": 8, "side": 224, "macs_times": 3.41, **ROW}
+        | {"seconds": times, "median": times},
+        {"part": "load", "model": "v", "bytes": 10**8, "dense_bytes": 5 * 10**8, **ROW}
+        | {"seconds": 0.5, "slowest": 0.9, "times": 1.02},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = deployment_page.page(path)
+    assert "| saved | 4 kB | 1 kB | 4.00x | the same bits |" in page
+    assert "| stripped | 4 kB | 1 kB | 4.00x | the same bits |" in page
+    assert "| ONNX | 4.1 kB | 1.02 kB | 4.00x | 2.0e-07 |" in page
+    assert "| fused | 400.0 ms | 400.0 ms | 2.00x |" in page
+    assert "The goal of 2.2x is missed: 2.00x." in page
+    assert "loads in 0.50 s" in page
+
+
+@pytest.mark.slow
+def test_deployment_is_measured_by_one_command(tmp_path, unchecked, monkeypatch):
+    monkeypatch.setattr(
+        deployment, "backbone_of", lambda small: (_Pyramid().eval(), torch.randn(2, 3, 16, 16))
+    )
+    results, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    deployment.main(
+        ["--small", "--threads", "1", "--parts", "backbone", "--results", str(results), "--page", str(page)]
+    )
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    found = {(row["kind"], row["form"]): row for row in rows}
+    assert found["compressed", "saved"]["difference"] == 0
+    assert all(row["difference"] < (1e-4 if "ONNX" in row["form"] else 1e-5) for row in rows)
+    assert found["compressed", "ONNX"]["bytes"] < 0.6 * found["dense", "ONNX"]["bytes"]
+    assert "backbone: size on disk and agreement" in page.read_text()
+
+
+class _Pyramid(torch.nn.Module):
+    """Several outputs by name, as the backbone of a detection model has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 16, 3, padding=1)
+        self.body = torch.nn.Conv2d(16, 64, 3, stride=2, padding=1)
+        self.top = torch.nn.Conv2d(64, 16, 1)
+
+    def forward(self, x):
+        x = self.body(self.stem(x).relu())
+        return {"high": x, "low": self.top(x.relu())}

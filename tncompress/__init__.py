@@ -15,11 +15,12 @@ from tncompress.calibrate import Calibration, calibrate
 from tncompress.cost_model import choose_contractions_
 from tncompress.cuts import Cut
 from tncompress.cutting import AchievedCut, Truncation, truncate
-from tncompress.export import export_onnx, load, save
+from tncompress.export import load, save
 from tncompress.finetune import FinetuneConfig, History, finetune, train_
 from tncompress.formats import CP, MPS, SVD, Format, Tucker, register_format
 from tncompress.freezing import Frozen, freeze
 from tncompress.geometry import ConvGeometry
+from tncompress.hub import from_pretrained, push_to_hub
 from tncompress.interop import (
     Einsum,
     KernelNodes,
@@ -35,6 +36,8 @@ from tncompress.layers import TNConv, checkpoint_activations_
 from tncompress.machine import Machine
 from tncompress.machine_fit import calibrate_machine
 from tncompress.measure import activation_bytes, evaluate
+from tncompress.onnx_export import export_onnx, quantize_onnx
+from tncompress.packaged import export_aoti
 from tncompress.plan import BudgetReport, LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
 from tncompress.programs import export_program
@@ -44,6 +47,7 @@ from tncompress.report import Report, report
 from tncompress.responses import Sensitivity
 from tncompress.retruncation import Retruncation, retruncate
 from tncompress.rounds import Progressive
+from tncompress.saved import SavedModel, read_saved
 from tncompress.sensitivity import quick_sensitivity, sensitivity
 from tncompress.spec import (
     EVBMF,
@@ -101,6 +105,7 @@ __all__ = [
     "Report",
     "Retruncation",
     "Rule",
+    "SavedModel",
     "Sensitivity",
     "Settings",
     "Skip",
@@ -120,10 +125,12 @@ __all__ = [
     "choose_contractions_",
     "compress",
     "evaluate",
+    "export_aoti",
     "export_onnx",
     "export_program",
     "finetune",
     "freeze",
+    "from_pretrained",
     "from_quimb",
     "from_tensornetwork",
     "from_tltorch",
@@ -132,7 +139,10 @@ __all__ = [
     "make_plan",
     "merge",
     "progressive",
+    "push_to_hub",
+    "quantize_onnx",
     "quick_sensitivity",
+    "read_saved",
     "register_format",
     "repair",
     "report",

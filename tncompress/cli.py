@@ -10,9 +10,10 @@ import typer
 from tncompress import cli_options as cli
 from tncompress.cli_atlas import atlas
 from tncompress.cli_bench import bench
+from tncompress.cli_export import export, info
 from tncompress.cli_plan import calibrate, compress, plan, sensitivity
 from tncompress.cli_progressive import progressive, retruncate
-from tncompress.cli_result import export, repair, report
+from tncompress.cli_result import repair, report
 from tncompress.cli_sweep import sweep
 from tncompress.cli_train import evaluate, finetune, train
 from tncompress.demo import DemoConfig, run_demo
@@ -92,6 +93,7 @@ STEPS = (
     evaluate,
     report,
     bench,
+    info,
     export,
 )
 for step in STEPS:

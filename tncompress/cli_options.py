@@ -40,7 +40,10 @@ DataDirOption = Annotated[
     Path | None, typer.Option("--data-dir", help="Where the data lie, beside the usual places.")
 ]
 InputOption = Annotated[
-    str | None, typer.Option("--input", help="Shape of one input for MACs and latency, such as 3x224x224.")
+    str | None,
+    typer.Option(
+        "--input", "--input-shape", help="Shape of one input, such as 3x224x224: what runs needs it."
+    ),
 ]
 CalibrationOption = Annotated[
     Path | None,
@@ -212,4 +215,5 @@ def open_folder(
     dense = build_model(**source).eval()
     if path is not None and (need_weights or path.exists()):
         load_weights(dense, path)
-    return small, dense.to(device), {"source": source, "dense_weights": path}
+    origin = {"source": source, "dense_weights": path, "input_shape": manifest.get("input_shape")}
+    return small, dense.to(device), origin

@@ -204,7 +204,9 @@ def compress(
         progress=not as_json,
     )
     made: Any = small.tncompress_plan
-    tnc.save(small.cpu(), out, source=source, dense_weights=weights, overwrite=overwrite)
+    shape = tuple(example.shape[1:]) if example is not None else None
+    origin: Any = {"source": source, "dense_weights": weights, "input_shape": shape}
+    tnc.save(small.cpu(), out, **origin, overwrite=overwrite)
     cli.show(made, as_json=as_json)
     cli.say(f"saved in {out}")
     if weights is None:

@@ -1,4 +1,4 @@
-"""The commands on a compressed model: repair, report, export."""
+"""The commands on a compressed model: repair, report."""
 
 from __future__ import annotations
 
@@ -117,33 +117,3 @@ def report(
         with new_file(out, overwrite=overwrite) as fresh:
             fresh.write_text(made.to_markdown() if out.suffix == ".md" else made.to_json())
     cli.show(made, as_json=as_json)
-
-
-@cli.guarded
-def export(
-    folder: cli.FolderArgument,
-    to: Annotated[str, typer.Option("--to", help="onnx.")] = "onnx",
-    model: cli.ModelForFolder = None,
-    data: cli.MaybeDataOption = None,
-    input_shape: cli.InputOption = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The file; default: model.onnx in the folder.")
-    ] = None,
-    data_dir: cli.DataDirOption = None,
-    as_json: cli.JsonOption = False,
-    overwrite: cli.OverwriteOption = False,
-    debug: cli.DebugOption = False,
-) -> None:
-    """Export a compressed model, with a dynamic batch size, and check it against onnxruntime.
-
-    Example: `tncompress export tuned --to onnx --input 1x32x32`
-    """
-    if to != "onnx":
-        raise ValueError(f"unknown export format {to!r}; the formats are onnx")
-    small = tnc.load(folder, model)
-    example = cli.example_for(small, input_shape, cli.open_data(data, data_dir))
-    if example is None:
-        raise ValueError("give the shape of an input with --input, such as 3x224x224, or --data")
-    path = out or folder / "model.onnx"
-    error = tnc.export_onnx(small, path, example, overwrite=overwrite)
-    cli.show({"onnx": str(path), "relative_difference": error}, as_json=as_json)

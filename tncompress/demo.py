@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from tncompress.data import DataSet, load_data
-from tncompress.export import export_onnx, save
+from tncompress.export import save
 from tncompress.finetune import Epoch, FinetuneConfig, History, finetune, train_
 from tncompress.measure import Latency, evaluate, latencies, macs, num_params, recovery
+from tncompress.onnx_export import export_onnx
 from tncompress.planner import make_plan
 from tncompress.repair import repair
 from tncompress.report import environment, milliseconds, report
@@ -225,7 +226,13 @@ def _leave(
 ) -> None:
     dense, best, x = dense.cpu(), best.cpu(), data.example_input()
     source = {"source": MODEL, "num_classes": data.num_classes, "in_channels": data.input_shape[0]}
-    save(best, folder / "model", source=source, dense_weights=out / "dense.safetensors")
+    save(
+        best,
+        folder / "model",
+        source=source,
+        dense_weights=out / "dense.safetensors",
+        input_shape=tuple(x.shape[1:]),
+    )
     save_weights(dense, folder / "dense.safetensors")
     export_onnx(best, folder / "model.onnx", x)
     spec.save(folder / "spec.yaml")

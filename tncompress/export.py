@@ -1,16 +1,15 @@
-"""A compressed model on disk: a folder of its own, and ONNX."""
+"""A compressed model on disk: a folder of its own."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tncompress.discovery import find_layers, refuse_wrapped
 from tncompress.formats import make_format
@@ -25,14 +24,15 @@ from tncompress.manifest import (
     write_manifest,
 )
 from tncompress.plan import Plan
-from tncompress.running import copy_model, eval_mode
-from tncompress.storage import new_directory, new_file
+from tncompress.running import copy_model
+from tncompress.saved import measured_in, write_card
+from tncompress.storage import new_directory
 from tncompress.swap import replace_module_
 from tncompress.textfiles import one_line
-from tncompress.weights import load_weights, save_weights
+from tncompress.weights import Unfilled, fill_weights, save_weights
 from tncompress.zoo import build_model
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "WEIGHTS", "export_onnx", "load", "read_manifest", "save"]
+__all__ = ["FORMAT_VERSION", "MANIFEST", "WEIGHTS", "load", "read_manifest", "save"]
 
 SAFE_SOURCES = ("zoo:", "torchvision:")
 LARGEST_RATIO = 1000
@@ -46,15 +46,17 @@ def save(
     source: Mapping[str, Any] | None = None,
     dense_weights: str | Path | None = None,
     history: Mapping[str, Any] | None = None,
+    input_shape: Sequence[int] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write ``small`` to a new ``directory``: ``model.safetensors`` and ``tncompress.json``.
+    """Write ``small`` to a new ``directory``: ``model.safetensors``, ``tncompress.json`` and ``README.md``.
 
     ``source`` says how the dense model is built: the arguments of :func:`tncompress.build_model`, such as
     ``{"source": "zoo:cnn4", "num_classes": 10}``, with which :func:`load` needs no model; ``dense_weights``
     where its weights lie, for a later comparison; ``history`` how it was trained, kept as
-    ``history.json``. The folder appears whole or not at all; one that exists is
-    refused, or replaced with ``overwrite`` if it holds a saved model.
+    ``history.json``; ``input_shape`` that of one input, such as ``(3, 224, 224)``, for later exports. The
+    ``README.md`` is for people: what the model is, its sizes, what was measured. The folder appears whole or
+    not at all; one that exists is refused, or replaced with ``overwrite`` if it holds a saved model.
     """
     refuse_wrapped(small)
     layers = [layer for layer in find_layers(small) if isinstance(layer.module, TNConv)]
@@ -67,10 +69,12 @@ def save(
         "dense_weights": str(Path(dense_weights).expanduser().resolve()) if dense_weights else None,
         "layers": [_describe(layer.names, layer.module) for layer in layers],
         "plan": plan.to_dict() if plan is not None else None,
+        "input_shape": list(input_shape) if input_shape is not None else None,
     }
     with new_directory(directory, marker=MANIFEST, overwrite=overwrite) as folder:
         save_weights(small, folder / WEIGHTS)
-        write_manifest(folder, fields)
+        manifest = write_manifest(folder, fields)
+        write_card(folder, Path(directory).name, manifest, measured_in(history))
         if history is not None:
             (folder / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
 
@@ -108,59 +112,10 @@ def _load(folder: Path, manifest: Mapping[str, Any], model: Any) -> nn.Module:
         for name in names:
             replace_module_(target, name, layer)
     _match_dtypes(target, weights)
-    load_weights(target, weights)
+    fill_weights(target, weights)
     if plan is not None:
         target.tncompress_plan = plan  # type: ignore[assignment]
     return target.eval()
-
-
-def export_onnx(
-    model: nn.Module,
-    path: str | Path,
-    example_inputs: Tensor,
-    *,
-    tolerance: float = 1e-4,
-    overwrite: bool = True,
-) -> float:
-    """Write ``model`` as ONNX with a dynamic batch axis; return how far onnxruntime's output is off.
-
-    The file is checked by ``onnx.checker`` and run by onnxruntime on a batch of another size than it was
-    traced with. An output that differs by more than ``tolerance``, relative to the largest, is a
-    ``ValueError``, and no file is left.
-    """
-    import onnx
-
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    example = example_inputs.to(device)
-    traced, other = (torch.cat([example] * 3)[:size] for size in (2, 3))
-    batch = torch.export.Dim("batch", min=1)
-    with new_file(path, overwrite=overwrite) as fresh, eval_mode(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            (traced,),
-            str(fresh),
-            dynamo=True,
-            dynamic_shapes=({0: batch},),
-            input_names=["input"],
-            output_names=["output"],
-            external_data=False,
-            verbose=False,
-        )
-        onnx.checker.check_model(str(fresh))
-        error = _onnx_error(fresh, other, model(other))
-        if not error <= tolerance:
-            raise ValueError(f"the ONNX model's output is off by {error:.2g}, wanted at most {tolerance:.2g}")
-    return error
-
-
-def _onnx_error(path: Path, x: Tensor, wanted: Tensor) -> float:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, {session.get_inputs()[0].name: x.cpu().numpy()})
-    wanted = wanted.cpu()
-    return float((torch.from_numpy(output) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
 
 
 def _describe(names: tuple[str, ...], layer: TNConv) -> dict[str, Any]:
@@ -201,7 +156,8 @@ def _architecture(manifest: Mapping[str, Any], model: Any, folder: Path) -> nn.M
     with _in_one_line(f"{folder} needs another model=: building {one_line(source)} failed"):
         if (size := _size_of(source)) > LARGEST_RATIO * stored:
             raise ValueError(f"a model of {size} numbers is far too large for {stored} bytes of weights")
-        return build_model(**source)
+        with Unfilled():
+            return build_model(**source)
 
 
 def _size_of(source: Mapping[str, Any]) -> int:

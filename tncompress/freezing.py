@@ -189,17 +189,8 @@ class _Maker:
         return frozen
 
     def _frozen_graph(self, target: nn.Module, *, pack: bool) -> nn.Module:
-        graph = trace(target)
+        graph = frozen_graph(target, pack=pack)
         assert graph is not None
-        units = units_of(graph)
-        for unit in units:
-            fold(graph, unit)
-        for unit in units:
-            weights, bias = folded_weights(unit)
-            made = FrozenChain(unit.geometry, unit.stages, weights, bias, unit.activation, pack=pack)
-            replace_module_(graph, unit.name, made)
-        graph.delete_all_unused_submodules()
-        graph.recompile()
         return graph.to(self.dtype) if self.dtype else graph
 
     def sound(self, frozen: Frozen) -> bool:
@@ -231,6 +222,27 @@ class _Maker:
         best = ways[times.index(min(times))]
         best.seconds = {frozen.way: time for frozen, time in zip(ways, times, strict=True)}
         return best
+
+
+def frozen_graph(model: nn.Module, *, pack: bool, fold_after: bool = True) -> nn.Module | None:
+    """Return ``model``, which is in eval mode, as a graph of convolutions with fixed weights.
+
+    The weights are merged as each layer's contraction says. With ``fold_after`` BatchNorm, additions and
+    activations become part of the convolution before them. None where the model's Python can't be followed.
+    """
+    graph = trace(model)
+    if graph is None:
+        return None
+    units = units_of(graph)
+    for unit in units if fold_after else ():
+        fold(graph, unit)
+    for unit in units:
+        weights, bias = folded_weights(unit)
+        made = FrozenChain(unit.geometry, unit.stages, weights, bias, unit.activation, pack=pack)
+        replace_module_(graph, unit.name, made)
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return graph
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
@@ -22,8 +24,10 @@ from tncompress.storage import restore
 from tncompress.textfiles import one_line, parse_json, read_text
 from tncompress.weights import refuse_pickle
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, OLDEST = 2, 1
+"""What is written, and the oldest that is still read; ``tests/files`` has a folder of each."""
 MANIFEST, WEIGHTS = "tncompress.json", "model.safetensors"
+LIBRARIES = ("tncompress", "torch", "numpy", "safetensors")
 _AGAIN = "copy the whole folder again, or save the model again"
 
 
@@ -51,7 +55,10 @@ class _Layer(BaseModel):
 
 
 class _Manifest(BaseModel):
-    """The keys of format version 1; the last three are newer than the others, and may be missing together."""
+    """The keys of format version 2. Version 1 has neither ``input_shape`` nor ``versions``.
+
+    Its first files have none of ``weights``, ``bytes`` and ``checksum`` either.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -62,13 +69,15 @@ class _Manifest(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     layers: tuple[_Layer, ...]
     plan: dict[str, Any] | None
+    input_shape: Annotated[tuple[Annotated[StrictInt, Field(ge=1)], ...], Field(min_length=1)] | None = None
+    versions: dict[str, StrictStr] = Field({}, max_length=64)
     weights: StrictStr = WEIGHTS
     bytes: StrictInt | None = None
     checksum: StrictStr | None = None
 
 
-def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Write ``fields`` and what tells whether the weights and the manifest itself are whole.
+def write_manifest(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``fields`` and what tells whether the weights and the manifest are whole; return all of it.
 
     What could not be read again is a ``ValueError`` now.
     """
@@ -76,6 +85,7 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
         **fields,
+        "versions": _versions(),
         "weights": WEIGHTS,
         "bytes": weights.stat().st_size,
         "sha256": sha256_of(weights),
@@ -86,6 +96,7 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
     except ValidationError as error:
         raise ValueError(f"this model can't be saved: {explain(error, _Manifest)}") from None
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return manifest
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -107,15 +118,17 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
         raise ValueError(f"{path} is damaged: {explain(error, _Manifest)}; {_AGAIN}") from None
-    if "checksum" not in manifest and not {"weights", "bytes"}.isdisjoint(manifest):
+    first = manifest["format_version"] == OLDEST and {"weights", "bytes"}.isdisjoint(manifest)
+    if "checksum" not in manifest and not first:
         raise ValueError(f"{path} is damaged: 'checksum' is missing; {_AGAIN}")
     return manifest
 
 
-def check_weights(folder: Path, manifest: Mapping[str, Any]) -> Path:
+def check_weights(folder: Path, manifest: Mapping[str, Any], *, read: bool = True) -> Path:
     """Return the path of the weights that ``manifest`` was saved with, or say what is there in their place.
 
     A link to a file elsewhere is followed, as the caches of model hubs have it: its checksum is what counts.
+    It takes reading the file once; without ``read`` only the file's size is compared.
     """
     name = manifest.get("weights", WEIGHTS)
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", name):
@@ -133,7 +146,7 @@ def check_weights(folder: Path, manifest: Mapping[str, Any]) -> Path:
         raise ValueError(
             f"{path} {how}, its checksum differs: it has {found} bytes, wanted {wanted}; {_AGAIN}"
         )
-    if sha256_of(path) != manifest["sha256"]:
+    if read and sha256_of(path) != manifest["sha256"]:
         raise ValueError(
             f"{path} is damaged, or holds another model's weights: its checksum differs from that of the "
             f"file saved here; {_AGAIN}"
@@ -154,18 +167,30 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_version(path: Path, version: Any) -> None:
-    if type(version) is int and version == FORMAT_VERSION:
+def _check_version(path: Path, found: Any) -> None:
+    if type(found) is int and OLDEST <= found <= FORMAT_VERSION:
         return
-    if type(version) is int and version > FORMAT_VERSION:
+    reads = f"{OLDEST} to {FORMAT_VERSION}"
+    if type(found) is int and found > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {version}, and this release reads {FORMAT_VERSION}: it was saved by "
+            f"{path} has format version {found}, and this release reads {reads}: it was saved by "
             "a newer tncompress; upgrade (pip install --upgrade tncompress)"
         )
     raise ValueError(
-        f"{path} has format version {one_line(repr(version))}, wanted {FORMAT_VERSION}: it is damaged, or "
+        f"{path} has format version {one_line(repr(found))}, wanted {reads}: it is damaged, or "
         f"no file of tncompress; {_AGAIN}"
     )
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that a saved model rests on, as far as known."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout
+            continue
+    return found
 
 
 def _is_whole(path: Path) -> bool:

@@ -59,7 +59,7 @@ def export_program(
         try:
             program = _traced(model, traced, dynamic_size)
             run = program.module()
-            errors = [_relative_error(call_model(run, x), call_model(model, x)) for x in (traced, other)]
+            errors = [relative_error(call_model(run, x), call_model(model, x)) for x in (traced, other)]
         except Exception as error:  # of any kind: from torch's tracer, or a guard
             free = "batch and image size" if dynamic_size else "batch"
             hint = (
@@ -109,7 +109,7 @@ def _resized(x: Tensor, batch: int, more: int) -> Tensor:
     return x
 
 
-def _relative_error(got: Any, wanted: Any) -> float:
+def relative_error(got: Any, wanted: Any) -> float:
     """Return the largest difference between two outputs, over the largest value; nested ones by parts."""
     pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(wanted), strict=True)
     errors = [0.0]
@@ -118,6 +118,6 @@ def _relative_error(got: Any, wanted: Any) -> float:
             if a.shape != b.shape:
                 return float("inf")
             if b.numel():
-                a, b = a.double(), b.double()
+                a, b = a.detach().double(), b.detach().double()
                 errors.append(float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)))
     return max(errors)

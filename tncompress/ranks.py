@@ -4,7 +4,7 @@ Candidates lie on a path from the smallest ranks to the full ones. On it every b
 weight: a bound on the discarded weight is lowered step by step, and each bond takes the smallest rank that
 keeps it. Parameters grow along the path and the error falls, so a policy is met by bisection. The sum of
 the tails bounds the squared error, so a policy on the error is kept for certain. A format without spectra
-(CP) has its ranks themselves as the path, and is fitted where the error must be known.
+(CP, networks with loops) has its ranks themselves as the path, and is fitted where the error must be known.
 
 With a metric, spectra are those of the whitened kernel, fits are made in the metric, and the error is that of
 the layer's output. The sum of the tails is then an estimate, and a policy on the error is met by fits.
@@ -106,6 +106,11 @@ def _spectral(kernels: Tensor, settings: Settings, policy: Entropy | EVBMF) -> R
     format, shape = settings.one_format, tuple(kernels.shape[1:])
     tops = format.max_ranks(shape)
     spectra = format.spectra_of_groups(kernels)
+    if spectra is None and len(tops) > 1:
+        raise ValueError(
+            f"{policy.tag} goes by the spectrum of each bond, and those of {format} have none: take "
+            "params_ratio, rel_error, energy, rank_fraction or fixed"
+        )
     if spectra is None:  # one bond, which lies on every cut: the largest that a leg asks for
         cuts = [Cut((leg,), ("rest",)) for leg in legs_of(len(shape))]
         legs = [torch.stack([spectrum(kernel, cut) for kernel in kernels]) for cut in cuts]
@@ -180,7 +185,7 @@ class RankPath:
         spectra = self.format.spectra_of_groups(seen)
         self.tails = [tail_energies(s).tolist() for s in spectra] if spectra is not None else None
         if self.tails is None:
-            self.levels: list[float] = [*range(len(self.grids[0]))]
+            self.levels: list[float] = [*range(max(len(grid) for grid in self.grids))]
         else:
             discarded = {t[rank] for t, grid in zip(self.tails, self.grids, strict=True) for rank in grid}
             self.levels = sorted(discarded, reverse=True)
@@ -202,8 +207,10 @@ class RankPath:
 
     def __getitem__(self, index: int) -> Ranks:
         level = self.levels[index]
-        if self.tails is None:
-            return tuple(grid[index] for grid in self.grids)
+        if self.tails is None:  # nothing tells the bonds apart: all grow together
+            part = index % len(self) / max(1, len(self) - 1)
+            grown = tuple(grid[round(part * (len(grid) - 1))] for grid in self.grids)
+            return self.format.feasible(self.shape, grown)
         ranks = []
         for grid, tail in zip(self.grids, self.tails, strict=True):
             place = bisect_left([-tail[rank] for rank in grid], -level)

@@ -14,6 +14,7 @@ T = TypeVar("T")
 
 MAX_BYTES, MAX_DEPTH, MAX_VALUES, MAX_BITS = 2**26, 64, 10**6, 512
 """No settings are larger: a few letters of YAML, or a small hostile file, could otherwise fill the memory."""
+_TOO_MANY = "it stands for more than {} values: are there aliases of aliases?"
 _TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels"
 
 
@@ -51,8 +52,10 @@ def read_settings(path: Path, what: str) -> Any:
 def read_text(path: Path, what: str) -> str:
     """Return the text of a file in UTF-8, with or without a byte order mark; errors are one line."""
     try:
+        raw = bytearray()
         with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+            while len(raw) <= MAX_BYTES and (piece := file.read(2**20)):  # no more memory than there is text
+                raw += piece
         if len(raw) > MAX_BYTES:
             raise ValueError(f"{what} {path} is larger than {MAX_BYTES >> 20} MiB, which no {what} is")
         return raw.decode("utf-8-sig")
@@ -64,6 +67,8 @@ def read_text(path: Path, what: str) -> str:
 
 def parse_json(text: str, *, most_values: int = MAX_VALUES) -> Any:
     """Return what ``text`` stands for in strict JSON: no key twice, no NaN, not nested without end."""
+    if sum(text.count(mark) for mark in ",:[{") > 2 * most_values:  # before anything is made of them
+        raise ValueError(_TOO_MANY.format(most_values))
     try:
         value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
     except RecursionError:
@@ -76,7 +81,7 @@ def check_extent(value: Any, most_values: int = MAX_VALUES) -> None:
     """Raise ``ValueError`` where ``value`` is too deep or too large to be shown in an error message."""
     for number, _ in enumerate(_walk(value, ())):
         if number >= most_values:
-            raise ValueError(f"it stands for more than {most_values} values: are there aliases of aliases?")
+            raise ValueError(_TOO_MANY.format(most_values))
 
 
 def _walk(value: Any, above: tuple[int, ...]) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """Weights of a model in a file: safetensors, or a checkpoint that holds tensors only."""
 
+import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -9,11 +10,31 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tncompress.storage import new_file
 from tncompress.textfiles import one_line
 
-__all__ = ["load_weights", "refuse_pickle", "save_weights"]
+__all__ = ["Unfilled", "fill_weights", "load_weights", "refuse_pickle", "save_weights"]
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""What safetensors calls them."""
+FILLING = {
+    *("uniform_", "normal_", "trunc_normal_", "constant_", "ones_", "zeros_", "fill_", "zero_"),
+    *("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_", "orthogonal_"),
+    *("erfinv_", "mul_", "div_", "add_", "sub_", "clamp_", "clip_", "copy_"),
+}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -41,6 +62,58 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise ValueError(
             f"{path} does not fit {type(model).__name__}: {one_line(_misfit(state, before, error))}"
         ) from error
+
+
+def fill_weights(model: nn.Module, path: Path) -> None:
+    """Copy the weights in a safetensors file into a fresh ``model``, which a failure may leave half filled.
+
+    As :func:`load_weights`, but each tensor is read straight into its place: that takes no memory beside the
+    model's own, where the other holds the file and a copy of the model, too.
+    """
+    own = model.state_dict(keep_vars=True)
+    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:  # says whether the header is sound
+            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            fits = {key: (tuple(p.get_shape()), DTYPES.get(p.get_dtype())) for key, p in parts.items()}
+    except safetensors.SafetensorError:
+        return load_weights(model, path)  # which says what is wrong
+    places = {id(own[key]) for key in fits if key in own}
+    whole = places == {id(tensor) for tensor in own.values()} <= held and len(places) == len(fits)
+    if not whole or not all(_is_plain(own[key], *fit) for key, fit in fits.items()):
+        return load_weights(model, path)
+    with path.open("rb") as file, torch.no_grad():
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for key in fits:
+            begin, end = header[key]["data_offsets"]
+            file.seek(8 + length + begin)
+            bytes_of = own[key].detach().reshape(-1).view(torch.uint8).numpy()
+            if end > begin and file.readinto(memoryview(bytes_of)) != end - begin:
+                raise ValueError(f"{path} was cut short while it was read: load it again")
+    return None
+
+
+def _is_plain(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> bool:
+    """Say whether ``tensor`` lies in memory just as one of this shape and dtype does in a file."""
+    usual = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return usual and tensor.dtype == dtype and tuple(tensor.shape) == shape
+
+
+class Unfilled(TorchFunctionMode):
+    """Within it parameters are made, but not filled with random numbers: for a model to be loaded.
+
+    Memory that nothing is written to takes no room, so that layers which are replaced before they are ever
+    used cost nothing.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass over what fills a parameter, or changes the numbers in it; call everything else."""
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("tensor")
+        if isinstance(first, nn.Parameter) and getattr(func, "__name__", "") in FILLING:
+            return first
+        return func(*args, **kwargs)
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:

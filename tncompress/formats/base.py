@@ -9,9 +9,11 @@ convolutions applies the factors (:meth:`Format.stages`). Everything else is der
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -23,6 +25,8 @@ Shape = tuple[int, ...]
 Ranks = tuple[int, ...]
 
 FORMATS: dict[str, type[Format]] = {}
+GROUP = "tncompress.formats"
+"""The group of entry points in which other packages offer formats of theirs, by name."""
 _F = TypeVar("_F", bound="Format")
 
 
@@ -72,9 +76,19 @@ class Fit:
 
 
 def register_format(name: str):
-    """Return a class decorator that makes a format known under ``name`` in specs and files."""
+    """Return a class decorator that makes a format known under ``name`` in specs and files.
+
+    The class is a dataclass whose options all have defaults. A name that another class has is a
+    ``ValueError``. A package of yours that names the class as an entry point in the group
+    ``tncompress.formats`` is found without being imported: see ``examples/own_format``.
+    """
 
     def register(cls: type[_F]) -> type[_F]:
+        if not is_dataclass(cls):
+            raise TypeError(f"format {name!r} is a frozen dataclass, {cls.__qualname__} is not: decorate it")
+        known = FORMATS.get(name)
+        if known is not None and _place(known) != _place(cls):
+            raise ValueError(f"the format name {name!r} is taken by {_place(known)}: choose another")
         cls.name = name
         FORMATS[name] = cls
         return cls
@@ -229,8 +243,39 @@ class Format(ABC):
         return f"{self.name}({', '.join(str(value) for value in options.values())})" if options else self.name
 
 
+def _place(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _offered() -> dict[str, EntryPoint]:
+    """Return the formats of other packages that are not loaded yet, by name; built-in ones go first."""
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in FORMATS}
+
+
+def _load(point: EntryPoint) -> None:
+    """Register the format that a package offers; whatever is wrong with it is a ``ValueError``."""
+    package = point.dist.name if point.dist is not None else point.value
+    try:
+        found = point.load()
+    except Exception as error:  # whatever a package raises when it is imported
+        reason = " ".join(str(error).split())
+        raise ValueError(f"format {point.name!r} of {package} can't be loaded: {reason}") from error
+    if not (isinstance(found, type) and issubclass(found, Format)):
+        raise ValueError(f"format {point.name!r} of {package} is no subclass of Format: {point.value}")
+    if FORMATS.get(point.name) is not found:
+        register_format(point.name)(found)
+
+
 def all_contenders() -> tuple[Format, ...]:
-    """Return what competes for a layer where a spec leaves the format open, of every format there is."""
+    """Return what competes for a layer where a spec leaves the format open, of every format there is.
+
+    Those of other packages compete, too; one that can't be loaded is left out, with a warning.
+    """
+    for point in _offered().values():
+        try:
+            _load(point)
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
     return tuple(format for kind in FORMATS.values() for format in kind.contenders())
 
 
@@ -245,7 +290,11 @@ def make_format(value: Any) -> Format:
     options = dict(value) if isinstance(value, dict) else {"name": value}
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in FORMATS:
-        raise ValueError(f"unknown format {name!r}; the formats are {', '.join(sorted(FORMATS))}")
+        offered = _offered()
+        if name not in offered:
+            known = ", ".join(sorted({*FORMATS, *offered}))
+            raise ValueError(f"unknown format {name!r}; the formats are {known}")
+        _load(offered[name])
     defaults = {field.name: field.default for field in fields(FORMATS[name])}  # type: ignore[arg-type]
     for option, given in options.items():
         if option not in defaults:

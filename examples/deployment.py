@@ -1,0 +1,271 @@
+"""Measure what a compressed model is worth elsewhere: sizes on disk, agreement, onnxruntime, loading.
+
+    python examples/deployment.py                      # all of it: docs/deployment.jsonl, docs/deployment.md
+    python examples/deployment.py --parts sizes load   # some of it
+    python examples/deployment.py --small --results trial.jsonl --page trial.md
+
+`sizes` writes a ResNet-18 whose stages are in four formats, and the dense one, in every form there is, and
+compares the outputs; `backbone` does so for the backbone of torchvision's Faster R-CNN. `latency` times a
+ResNet-50 and its compressed form in onnxruntime, in turns; `load` loads a saved model of 100 MB in a process
+of its own. Rows are appended; the page shows the last one of each kind. Weights are random: neither sizes
+nor times depend on them.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import deployment_page
+import numpy as np
+import torch
+
+import tncompress as tnc
+from tncompress.onnx_export import session
+from tncompress.programs import relative_error
+from tncompress.targets import Wanted, export_to
+
+DOCS = Path(__file__).parents[1] / "docs"
+PARTS = ("sizes", "backbone", "latency", "load")
+MIXED = {
+    "default": {"format": "mps", "rank": {"params_ratio": 0.25}},
+    "rules": [
+        {"pattern": "*layer1.*", "format": "cp"},
+        {"pattern": "*layer2.*", "format": {"name": "svd", "cut": "out kw|in kh"}},
+        {"pattern": "*layer3.*", "format": "tucker"},
+    ],
+}
+BACKBONE = {
+    "default": {"format": "tucker", "rank": {"params_ratio": 0.3}},
+    "rules": [
+        {"pattern": "*layer3.*", "format": "mps"},
+        {"pattern": "fpn.*", "format": {"name": "svd", "cut": "out kw|in kh"}},
+    ],
+}
+FRESH = """
+import sys, torch, tncompress as tnc
+torch.set_num_threads(int(sys.argv[2]))
+with torch.no_grad():
+    torch.save(tnc.load(sys.argv[1] + "/saved")(torch.load(sys.argv[1] + "/x.pt")), sys.argv[1] + "/y.pt")
+"""
+LOADING = """
+import sys, time, json, torch, torchvision, tncompress as tnc
+torch.set_num_threads(1)
+tnc.build_model("zoo:cnn4")
+def peak():
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+before, begun = peak(), time.perf_counter()
+model = tnc.load(sys.argv[1])
+print(json.dumps({"seconds": time.perf_counter() - begun, "memory": peak() - before}))
+"""
+
+
+def machine():
+    """Return what the numbers were measured on."""
+    import onnxruntime
+
+    return {
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def with_statistics(model, x):
+    """Return the model in eval mode, with BatchNorm statistics of random images: outputs of usual size."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.train()(x)
+    return model.eval()
+
+
+def forms(model, example, folder, *, compressed, plain):
+    """Yield every form that a model is written in: its name, bytes, and how far its output is off."""
+    batches = [torch.randn_like(example) for _ in range(4)]
+    asked = {
+        "torch.export": ("torch-export", {}),
+        "ONNX": ("onnx", {}),
+        "ONNX, fused and folded": ("onnx", {"fused": compressed, "fold_batchnorm": True}),
+        "ONNX, int8": (
+            "onnx",
+            {"fused": compressed, "fold_batchnorm": True, "int8": "static", "batches": batches},
+        ),
+    }
+    if not plain:
+        asked = {name: asked[name] for name in ("torch.export", "ONNX")}
+    if compressed:
+        asked = {"stripped": ("strip", {}), "merged": ("merged", {}), **asked}
+    for name, (to, options) in asked.items():
+        place, begun = folder / name.replace(" ", "-"), time.perf_counter()
+        facts = export_to(to, Wanted(model, place, example, **options))
+        off = facts.get("int8_difference", facts["relative_difference"])
+        yield name, place.stat().st_size, off, time.perf_counter() - begun
+
+
+def sizes(name, dense, spec, example, *, source=None, plain=True):
+    """Yield a row for each form of the dense and the compressed model."""
+    small = tnc.compress(dense, spec, example_inputs=example)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for kind, model in (("dense", dense), ("compressed", small)):
+            own = folder / kind
+            own.mkdir()
+            if kind == "dense":
+                tnc.save_weights(model, own / "w.safetensors")
+                yield row("sizes", name, kind, "saved", (own / "w.safetensors").stat().st_size, 0.0, 0.0)
+            else:
+                begun = time.perf_counter()
+                tnc.save(model, own / "saved", source=source, input_shape=tuple(example.shape[1:]))
+                size = sum(path.stat().st_size for path in (own / "saved").iterdir())
+                took = time.perf_counter() - begun
+                yield row("sizes", name, kind, "saved", size, loaded_off(own, model, dense, example), took)
+            compressed = kind == "compressed"
+            for form, size, off, took in forms(model, example, own, compressed=compressed, plain=plain):
+                yield row("sizes", name, kind, form, size, off, took)
+
+
+def loaded_off(folder, model, dense, example):
+    """Return how far a loaded model is off: in a fresh process, where it is known how to build it."""
+    with torch.no_grad():
+        wanted = model(example)
+    recorded = tnc.read_saved(folder / "saved").source
+    if recorded is None:
+        with torch.no_grad():
+            return relative_error(tnc.load(folder / "saved", dense)(example), wanted)
+    torch.save(example, folder / "x.pt")
+    subprocess.run([sys.executable, "-c", FRESH, str(folder), str(torch.get_num_threads())], check=True)
+    return relative_error(torch.load(folder / "y.pt"), wanted)
+
+
+def row(part, model, kind, form, size, off, took):
+    """Return a row of sizes."""
+    found = {
+        "part": part,
+        "model": model,
+        "kind": kind,
+        "form": form,
+        "bytes": size,
+        "difference": float(off),
+    }
+    return {**found, "seconds": round(took, 2), **machine()}
+
+
+def latency(name, *, side, batch, times, rounds):
+    """Return seconds of a forward pass in onnxruntime, dense and compressed, measured in turns."""
+    x = torch.randn(batch, 3, side, side)
+    dense = with_statistics(tnc.build_model(f"torchvision:{name}"), x)
+    spec = {"default": {"format": "svd"}, "budget": {"macs": 1 / times}}
+    small = tnc.compress(dense, spec, example_inputs=x[:1])
+    plan = small.tncompress_plan
+    runs, errors = {}, {}
+    with tempfile.TemporaryDirectory() as place:
+        for form, model, fused in (("dense", dense, False), ("chain", small, False), ("fused", small, True)):
+            path = Path(place) / f"{form}.onnx"
+            errors[form] = tnc.export_onnx(model, path, x, fused=fused, fold_batchnorm=True)
+            runs[form] = session(path, torch.get_num_threads())
+        seconds = in_turns(runs, x.numpy(), rounds)
+    return {
+        "part": "latency",
+        "model": name,
+        "batch": batch,
+        "side": side,
+        "macs_times": plan.macs_dense / plan.macs,
+        "seconds": {form: min(found) for form, found in seconds.items()},
+        "median": {form: float(np.median(found)) for form, found in seconds.items()},
+        "differences": errors,
+        **machine(),
+    }
+
+
+def in_turns(runs, x, rounds):
+    """Return the seconds of each session, one after the other in every round: noise hits all alike."""
+    found = {form: [] for form in runs}
+    for number in range(rounds + 1):
+        for form, run in runs.items():
+            begun = time.perf_counter()
+            run.run(None, {"input": x})
+            if number:
+                found[form].append(time.perf_counter() - begun)
+    return found
+
+
+def load(megabytes):
+    """Return seconds and memory that it takes to load a saved VGG-16 of about so many megabytes."""
+    model = tnc.build_model("torchvision:vgg16").eval()
+    fixed = int(64 * megabytes / 100)
+    rules = [
+        {"pattern": "classifier.0", "format": "svd", "rank": {"fixed": 10 * fixed}},
+        {"pattern": "classifier.3", "format": "svd", "rank": {"fixed": 2 * fixed}},
+    ]
+    spec = {"default": {"format": "svd", "rank": {"fixed": fixed}}, "rules": rules}
+    small = tnc.compress(model, spec)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "m"
+        tnc.save(small, folder, source={"source": "torchvision:vgg16"}, input_shape=(3, 224, 224))
+        size = (folder / "model.safetensors").stat().st_size
+        lines = [
+            subprocess.run([sys.executable, "-c", LOADING, str(folder)], check=True, capture_output=True)
+            for _ in range(3)
+        ]
+    found = [json.loads(line.stdout) for line in lines]
+    seconds, memory = (sorted(each[key] for each in found) for key in ("seconds", "memory"))
+    dense = 4 * sum(p.numel() for p in model.parameters())
+    last = {"seconds": seconds[0], "slowest": seconds[-1], "memory": memory[-1], "times": memory[-1] / size}
+    return {"part": "load", "model": "vgg16", "bytes": size, "dense_bytes": dense, **last, **machine()}
+
+
+def backbone_of(small):
+    """Return the backbone of a detection model of torchvision, and an input of it."""
+    from torchvision.models import detection
+
+    make = detection.fasterrcnn_mobilenet_v3_large_320_fpn if small else detection.fasterrcnn_resnet50_fpn
+    torch.manual_seed(0)
+    side = 64 if small else 256
+    return make(weights=None, weights_backbone=None).backbone.eval(), torch.randn(2, 3, side, side)
+
+
+def measure(part, small):
+    """Yield the rows of one part."""
+    torch.manual_seed(0)
+    if part == "sizes":
+        x = torch.randn(4, 3, 64 if small else 224, 64 if small else 224)
+        source = {"source": "torchvision:resnet18"}
+        spec = {**MIXED, "keep_dense": ["stem", "classifier", *(["layer[34].*"] if small else [])]}
+        yield from sizes("resnet18", with_statistics(tnc.build_model(**source), x), spec, x, source=source)
+    elif part == "backbone":
+        dense, x = backbone_of(small)
+        yield from sizes("Faster R-CNN backbone", dense, BACKBONE if not small else {}, x, plain=False)
+    elif part == "latency":
+        how = {"side": 32, "batch": 2, "rounds": 2} if small else {"side": 224, "batch": 8, "rounds": 12}
+        yield latency("resnet18" if small else "resnet50", times=3.4, **how)
+    elif part == "load":
+        yield load(20 if small else 100)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--small", action="store_true", help="small models and images: a trial")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=DOCS / "deployment.jsonl")
+    parser.add_argument("--page", type=Path, default=DOCS / "deployment.md")
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(asked.threads)
+    for part in asked.parts:
+        for found in measure(part, asked.small):
+            with asked.results.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            print(json.dumps(found), file=sys.stderr)
+    asked.page.write_text(deployment_page.page(asked.results))
+
+
+if __name__ == "__main__":
+    main()

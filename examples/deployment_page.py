@@ -1,0 +1,83 @@
+"""The page of `deployment.py`: tables from the last row of each kind in a file of rows."""
+
+import json
+from pathlib import Path
+
+from tncompress.tables import count, markdown_table, ratio
+
+HEAD = """# Deployment
+
+What a compressed model is worth where this library is not, by the command
+
+```console
+python examples/deployment.py
+```
+
+Every number here is from the rows in `deployment.jsonl`, which it appends.
+"""
+
+
+def page(path: Path) -> str:
+    """Return the page of the rows in ``path``."""
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    parts = [HEAD]
+    for model in dict.fromkeys(row["model"] for row in rows if row["part"] == "sizes"):
+        parts.append(sizes(model, [row for row in rows if row["part"] == "sizes" and row["model"] == model]))
+    for part, words in (("latency", latency), ("load", load)):
+        found = {row["model"]: row for row in rows if row["part"] == part}
+        parts += [words(row) for row in found.values()]
+    return "\n".join(parts)
+
+
+def sizes(model: str, rows: list) -> str:
+    """Return the table of what each form takes on disk, and how far its outputs are off."""
+    last = {(row["kind"], row["form"]): row for row in rows}
+    lines = []
+    for (kind, form), row in last.items():
+        if kind != "compressed":
+            continue
+        dense = last.get(("dense", {"stripped": "saved", "merged": "saved"}.get(form, form)))
+        size = dense["bytes"] if dense else None
+        off = "the same bits" if row["difference"] == 0 else f"{row['difference']:.1e}"
+        told = [f"{count(size)}B" if size else "-", f"{count(row['bytes'])}B", ratio(size, row["bytes"]), off]
+        lines.append([form, *told])
+    header = ("form", "dense", "compressed", "smaller", "output off by")
+    where = rows[-1]
+    return (
+        f"## {model}: size on disk and agreement\n\n{markdown_table(header, lines)}\n\n"
+        "*saved* is the folder of `tnc.save`, loaded again; *merged* the dense layers that the compressed "
+        "ones stand for. The output is compared with that of the compressed model in PyTorch, over its "
+        f"largest value; int8 with the float ONNX model. {place(where)}\n"
+    )
+
+
+def latency(row: dict) -> str:
+    """Return the table of times in onnxruntime."""
+    dense = row["seconds"]["dense"]
+    lines = [
+        [form, f"{1e3 * seconds:.1f} ms", f"{1e3 * row['median'][form]:.1f} ms", f"{dense / seconds:.2f}x"]
+        for form, seconds in row["seconds"].items()
+    ]
+    table = markdown_table(("", "least", "median", "faster than dense"), lines)
+    best = max(dense / row["seconds"][form] for form in ("chain", "fused"))
+    goal = "is reached" if best >= 2.2 else "is missed"
+    return (
+        f"## {row['model']} in onnxruntime\n\nBatch {row['batch']}, images of {row['side']} pixels, "
+        f"{row['macs_times']:.2f}x fewer MACs, BatchNorm folded in all three.\n\n{table}\n\n"
+        f"The goal of 2.2x {goal}: {best:.2f}x. {place(row)}\n"
+    )
+
+
+def load(row: dict) -> str:
+    """Return what loading takes, in words."""
+    return (
+        f"## Loading {count(row['bytes'])}B\n\nA saved {row['model']} of {count(row['bytes'])}B (dense "
+        f"{count(row['dense_bytes'])}B) loads in {row['seconds']:.2f} s (the slowest of three fresh "
+        f"processes: {row['slowest']:.2f} s), and the process then has grown by at most {row['times']:.2f} "
+        f"times the file's size. {place(row)}\n"
+    )
+
+
+def place(row: dict) -> str:
+    """Return where a row was measured."""
+    return f"({row['machine']}, torch {row['torch']}, onnxruntime {row['onnxruntime']}, {row['date']})"
