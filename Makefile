@@ -32,7 +32,14 @@ docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/.base
-	$(BIN)/python examples/benchmark_layers.py $(ARGS)
+	$(BIN)/python examples/benchmarks/layers_speed.py layers
+	$(BIN)/python examples/benchmarks/layers_speed.py choices --most 50
+	for network in vgg16 resnet50; do \
+	  $(BIN)/python examples/benchmarks/networks_speed.py one --network $$network --compile && \
+	  $(BIN)/python examples/benchmarks/decomposition_speed.py --network $$network || exit 1; done
+	$(BIN)/python examples/benchmarks/decomposition_speed.py --cp --compress resnet50
+	$(BIN)/python examples/benchmarks/training_speed.py layers
+	$(BIN)/python examples/benchmarks/layers_speed.py page
 
 grid: $(VENV)/.base
 	$(BIN)/python examples/geometry_grid.py --out docs/geometries.md $(ARGS)
