@@ -6,6 +6,8 @@ has to be in place before anything imports the package.
 
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ install_import_hook("tncompress", "beartype.beartype")
 
 from tncompress import machine, ranks  # noqa: E402 - after the hook
 from tncompress.formats import CP, MPS, SVD, Format, Tucker  # noqa: E402
+
+FRESH = "TNCOMPRESS_TEST_IN_FRESH_PROCESS"
 
 
 def pytest_addoption(parser):
@@ -34,6 +38,37 @@ def pytest_collection_modifyitems(config, items):
 
 
 STARTED = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a test that trains in forks in a new process where autograd has threads, which forks lose."""
+    if pyfuncitem.get_closest_marker("forks") is None or FRESH in os.environ or _forks_can_train():
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    mine = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    ran = subprocess.run(
+        [*command, f"--rootdir={pyfuncitem.config.rootpath}", pyfuncitem.nodeid],
+        env=mine | {FRESH: "1"},
+        cwd=pyfuncitem.config.rootpath,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:]
+    return True
+
+
+def _forks_can_train() -> bool:
+    """Try it, after a backward pass here: the first one starts the threads, if there are to be any."""
+    torch.ones(1, requires_grad=True).sum().backward()
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def pytest_runtest_setup(item):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -371,6 +372,17 @@ def test_the_first_error_ends_it(threads):
     with pytest.raises(ValueError, match="item 0"):
         side_by_side(work, list(range(50)), threads=threads)
     assert len(begun) < 25
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_the_error_of_work_side_by_side_is_that_of_the_first_item_which_has_one(threads):
+    def work(item):
+        time.sleep(0.05 if item == 1 else 0.0)
+        if item:
+            raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item 1"):
+        side_by_side(work, [0, 1, 2, 3], threads=threads)
 
 
 def test_an_atlas_is_the_same_on_any_number_of_cores(monkeypatch):

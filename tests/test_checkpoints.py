@@ -122,6 +122,7 @@ class Fatal:
 
 
 @pytest.mark.slow
+@pytest.mark.forks
 def test_a_run_killed_at_any_batch_ends_with_the_same_weights(tmp_path):
     whole = outcome(run(None))
     assert same(whole, outcome(run(tmp_path / "never killed")))
@@ -132,6 +133,7 @@ def test_a_run_killed_at_any_batch_ends_with_the_same_weights(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.forks
 def test_a_run_killed_again_and_again_at_random_moments_ends_with_the_same_weights(tmp_path):
     whole = outcome(run(None))  # the first run of a process imports, too
     started = time.monotonic()
@@ -219,6 +221,7 @@ def interrupted(place, last=9):
     ],
     ids=["config", "model", "batches", "order"],
 )
+@pytest.mark.forks
 def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path, other, words):
     place = tmp_path / "c"
     before = interrupted(place)
@@ -234,6 +237,7 @@ def other_net():
     return nn.Sequential(*list(net())[:3], nn.Conv2d(6, 8, 3), *list(net())[4:])
 
 
+@pytest.mark.forks
 def test_how_often_checkpoints_are_written_may_change(tmp_path):
     interrupted(tmp_path / "c")
     later = {**CONFIG, "checkpoint_every": None, "checkpoint_seconds": 1e9}
@@ -252,6 +256,7 @@ def test_other_folders_and_files_are_left_alone(tmp_path):
     assert files(tmp_path) == before
 
 
+@pytest.mark.forks
 def test_a_damaged_checkpoint_is_one_line(tmp_path):
     place = tmp_path / "c"
     interrupted(place, last=3)

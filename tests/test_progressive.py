@@ -132,6 +132,7 @@ class Fatal(list):
 
 
 @pytest.mark.slow
+@pytest.mark.forks
 def test_a_run_killed_in_any_round_ends_with_the_same_weights(dense, tmp_path):
     whole = run(dense, control=True)
     for last in (2, 8, 16, 28):  # within each round, and within the control

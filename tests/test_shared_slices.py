@@ -86,6 +86,7 @@ def test_two_workers_learn_what_one_process_does(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.forks
 def test_a_killed_run_goes_on_with_any_number_of_workers(tmp_path):
     """The first is killed between its epochs, the second within one, while it has no workers."""
     whole = run()

@@ -116,7 +116,6 @@ def _by_rules(
         layer, settings = one
         return _plan_layer(layer, settings, spec, calls.get(layer.name), judge.metric(layer.name))
 
-    wanted.sort(key=lambda one: -one[0].params)
     with progress_bar(len(wanted), show=progress) as advance:
         found = side_by_side(
             planned,

@@ -41,7 +41,8 @@ def side_by_side(
     """Return ``[work(item) for item in items]``, carried out on as many cores as torch may use here.
 
     Items are begun in their order: put the longest first. ``done`` is called in this thread as each is ready.
-    The first error ends it. How many cores torch uses in other threads is not changed.
+    An error ends it, and is that of the first item in order that has one. How many cores torch uses in other
+    threads is not changed.
     """
     threads = min(threads or torch.get_num_threads(), len(items))
     if threads < 2:
@@ -57,8 +58,12 @@ def side_by_side(
             for future in as_completed(futures):
                 future.result()
                 done(futures[future])
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=True, cancel_futures=True)
+            failed = (future.exception() for future in futures if not future.cancelled())
+            first = next((one for one in failed if one is not None), None)
+            if isinstance(error, Exception) and first is not None and first is not error:
+                raise first from None
             raise
         return [future.result() for future in futures]
 

@@ -291,7 +291,7 @@ def make_format(value: Any) -> Format:
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in FORMATS:
         offered = _offered()
-        if name not in offered:
+        if not isinstance(name, str) or name not in offered:
             known = ", ".join(sorted({*FORMATS, *offered}))
             raise ValueError(f"unknown format {name!r}; the formats are {known}")
         _load(offered[name])
