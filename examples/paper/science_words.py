@@ -20,7 +20,7 @@ written by
 
 ```console
 python examples/paper/run.py --network cnn4 --seeds 0 1 2
-python examples/paper/run.py --network resnet20 --setting brief --no-training
+python examples/paper/run.py --network resnet20 --setting brief
 python examples/paper/run.py page
 ```
 
