@@ -85,9 +85,11 @@ def theirs(kernel, made):
                 svd_interface(matrix.reshape(size, -1), n_eigenvecs=ranks[0], method="truncated_svd")
             )
         elif isinstance(format, tnc.MPS):
-            order = sum(format.groups(tuple(kernel.shape)), ())
+            groups = format.groups(tuple(kernel.shape))  # legs of size 1 are no cores of their own
+            order = sum(groups, ())
             moved = x.transpose(order) if tl.get_backend() == "numpy" else x.permute(order)
-            found.append(tensor_train(moved, (1, *ranks, 1)))
+            sizes = [math.prod(kernel.shape[mode] for mode in group) for group in groups]
+            found.append(tensor_train(moved.reshape(sizes), (1, *ranks, 1)))
         elif len(ranks) == 1:  # Tucker of a matrix
             matrix = x.reshape(x.shape[0], -1)
             found.append(svd_interface(matrix, n_eigenvecs=ranks[0], method="truncated_svd"))

@@ -152,7 +152,7 @@ def again(rows: Sequence[dict], title: str) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _label(figure, axes, "epochs of training again", "test accuracy, %")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4 if len(axes) > 2 else 2, fontsize=9)
     return figure
 
 
