@@ -2,6 +2,10 @@
 
 import json
 
+import accuracy_at_size
+import accuracy_page
+import benchmark_rows
+import benchmarks_page
 import deployment
 import deployment_page
 import finetune_recovery
@@ -174,3 +178,12 @@ class _Pyramid(torch.nn.Module):
     def forward(self, x):
         x = self.body(self.stem(x).relu())
         return {"high": x, "low": self.top(x.relu())}
+
+
+def test_the_pages_hold_what_the_rows_say(tmp_path):
+    """Pages that were edited by hand, or not written again after a measurement, are found out."""
+    docs = benchmark_rows.ROWS.parent
+    benchmarks_page.write_page(benchmark_rows.known(), tmp_path / "benchmarks.md")
+    assert (tmp_path / "benchmarks.md").read_text() == (docs / "benchmarks.md").read_text()
+    rows = list(accuracy_at_size.read(accuracy_at_size.RESULTS))
+    assert accuracy_page.page(rows) == (docs / "accuracy.md").read_text()
