@@ -204,13 +204,15 @@ def test_the_predicted_error_is_the_measured_one(format, shape, dtype):
         assert fit.rel_error == pytest.approx(measured, rel=1e-5, abs=DTYPES[dtype] / 10)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
 @pytest.mark.parametrize("format", [SVD(), SVD("out kh|in kw"), MPS(), Tucker(), Tucker("all")], ids=str)
-def test_float32_kernels_are_fitted_as_well_as_float64_ones(format, share):
+def test_float32_kernels_are_fitted_as_well_as_float64_ones(format, share, scale):
     """Large enough for the quick way, which looks for what to keep in float32."""
     shape = (72, 56, 3, 3)
     left, right = torch.randn(72, 20), torch.randn(20, 56 * 9)
     kernel = (left @ right / 20**0.5 + 0.3 * torch.randn(72, 56 * 9)).reshape(shape)
+    kernel *= scale
     ranks = ranks_at(format, shape, share)
     quick, exact = format.fit(kernel, ranks), format.fit(kernel.double(), ranks)
     assert quick.rel_error == pytest.approx(exact.rel_error, rel=1e-5 if len(ranks) == 1 else 1e-4)

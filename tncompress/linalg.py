@@ -17,7 +17,7 @@ from torch import Tensor
 GRAM_FLOOR = 1e-10
 """Smallest eigenvalue of a Gram matrix, over the largest, that is trusted: it has about six digits."""
 
-SINGLE_SIDE, SINGLE_FLOOR, SINGLE_PEAKS = 48, 1e-4, (1e-30, 1e30)
+SINGLE_SIDE, SINGLE_FLOOR, SINGLE_PEAKS = 48, 1e-4, (1e-15, 1e15)
 """Where float32 finds what to keep: the shortest side, the least relative loss, the bounds of entries."""
 
 JOINT_PRECISION = 1e-7
@@ -66,26 +66,36 @@ def _svd_wide(matrix: Float[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:
     return u, eigenvalues.sqrt(), u.mT @ matrix
 
 
+def single_suffices(kernel: Tensor) -> bool:
+    """Say whether what to keep of ``kernel`` may be looked for in float32: it has no more digits itself.
+
+    Not on other devices than a CPU, nor where torch is allowed to round float32 products (TF32, bfloat16),
+    nor where squares of the entries could leave float32's range.
+    """
+    if kernel.dtype == torch.float64 or kernel.device.type != "cpu":
+        return False
+    peak = float(torch.linalg.vector_norm(kernel.detach().float(), math.inf))
+    return torch.get_float32_matmul_precision() == "highest" and SINGLE_PEAKS[0] < peak < SINGLE_PEAKS[1]
+
+
 def leading(
     matrix: Float[Tensor, "m n"], rank: int, *, single: bool = False
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"], float]:
     """Return ``u, rest, discarded``: the matrix truncated to ``rank`` is ``u @ rest``.
 
     ``rest`` is ``u.T @ matrix``, ``u`` has orthonormal columns, and ``discarded`` is the squared error.
-    With ``single`` they are looked for in float32, for a matrix whose entries have no more digits: as
-    a discarded weight is stationary at the best ``u``, it grows by about a millionth. Where so little is
-    discarded that this counts, and on devices where float32 products may have fewer digits, it is float64.
+    With ``single`` they are looked for in float32, where :func:`single_suffices`: as a discarded weight is
+    stationary at the best ``u``, it grows by about a millionth. Where so little is discarded that this
+    counts, it is float64.
     """
     short = min(matrix.shape)
-    exact = torch.get_float32_matmul_precision() == "highest" and matrix.device.type == "cpu"
-    if single and short >= SINGLE_SIDE and rank < short and exact:
-        total, peak = squared_norm(matrix), float(torch.linalg.vector_norm(matrix, math.inf))
-        if SINGLE_PEAKS[0] < peak < SINGLE_PEAKS[1]:
-            u = orthonormalised(leading_vectors(matrix.float().div_(peak), rank).to(matrix.dtype))
-            rest = u.mT @ matrix
-            discarded = total - squared_norm(rest)
-            if discarded > SINGLE_FLOOR * total:
-                return u, rest, discarded
+    if single and short >= SINGLE_SIDE and rank < short:
+        total = squared_norm(matrix)
+        u = orthonormalised(leading_vectors(matrix.float(), rank).to(matrix.dtype))
+        rest = u.mT @ matrix
+        discarded = total - squared_norm(rest)
+        if discarded > SINGLE_FLOOR * total:
+            return u, rest, discarded
     u, s, svh = svd(matrix)
     return u[:, :rank], svh[:rank], float(tail_energies(s)[rank])
 

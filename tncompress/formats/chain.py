@@ -19,6 +19,7 @@ from tncompress.linalg import (
     bond_scale,
     leading,
     orthonormalised,
+    single_suffices,
     singular_values,
     squared_norm,
     svd,
@@ -118,7 +119,7 @@ class ChainFormat(Format):
         """
         ranks = self.feasible(kernel.shape, self.check_ranks(kernel.shape, ranks))
         groups = self.groups(kernel.shape)
-        tensor, single = self._tensor(kernel, groups), kernel.dtype != torch.float64
+        tensor, single = self._tensor(kernel, groups), single_suffices(kernel)
         cores, centre, squared = truncate_chain(tensor, ranks, single=single)
         norm = squared_norm(tensor)
         if len(ranks) > 1 and squared > NEGLIGIBLE * norm:
@@ -135,7 +136,7 @@ class ChainFormat(Format):
         """Return the relative error of the truncation, which sweeps then lower by little."""
         ranks = self.feasible(kernels.shape[1:], self.check_ranks(kernels.shape[1:], ranks))
         groups = self.groups(kernels.shape[1:])
-        single = kernels.dtype != torch.float64
+        single = single_suffices(kernels)
         squared = sum(
             truncate_chain(self._tensor(kernel, groups), ranks, single=single)[2] for kernel in kernels
         )

@@ -16,6 +16,7 @@ from tncompress.linalg import (
     leading,
     leading_vectors,
     orthonormalised,
+    single_suffices,
     singular_values,
     squared_norm,
     svd,
@@ -113,7 +114,7 @@ class Tucker(Format):
         ranks = self.feasible(shape, self.check_ranks(shape, ranks))
         work = working_copy(kernel)
         total = squared_norm(work)
-        single = kernel.dtype != torch.float64
+        single = single_suffices(kernel)
         core, bases = self._truncated(work, ranks, single=single)
         core, bases = _improve(work, core, bases, single=single)
         error = math.sqrt(_squared_distance(work, core, bases) / total) if total > 0 else 0.0
@@ -127,7 +128,7 @@ class Tucker(Format):
         shape = tuple(kernels.shape[1:])
         ranks = self.feasible(shape, self.check_ranks(shape, ranks))
         works = [working_copy(kernel) for kernel in kernels]
-        single = kernels.dtype != torch.float64
+        single = single_suffices(kernels)
         squared = sum(_squared_distance(work, *self._truncated(work, ranks, single=single)) for work in works)
         total = sum(squared_norm(work) for work in works)
         return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
