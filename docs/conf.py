@@ -15,7 +15,7 @@ import tncompress  # noqa: E402
 
 project = "tncompress"
 release = version = tncompress.__version__
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton", "commands"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton", "commands", "signatures"]
 exclude_patterns = ["_build", "_ext"]
 smartquotes = False  # options begin with two hyphens
 
