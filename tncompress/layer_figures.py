@@ -18,7 +18,16 @@ from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.running import call_model, eval_mode, input_shapes, inputs_of
 from tncompress.tables import count, ratio
 
-COLUMNS = ("layer", "kernel", "format", "ranks", "kernel error", "now", "output error", "now")
+COLUMNS: tuple[str, ...] = (
+    "layer",
+    "kernel",
+    "format",
+    "ranks",
+    "kernel error",
+    "now",
+    "output error",
+    "now",
+)
 COLUMNS += ("params", "", "MACs", "", "why dense")
 """Of a table of layers. Errors are those that the plan has, and beside them those measured now."""
 _UNKNOWN = "not recorded: the model came without its plan"
@@ -66,12 +75,12 @@ class LayerFigures:
         """Return the layer's line of a table, in the order of :data:`COLUMNS`."""
         head = ", ".join(self.names), "x".join(map(str, self.shape))
         if self.format is None:
-            cost = count(self.params_dense), "", _macs(self.macs_dense), ""
-            return *head, "dense", "", "", "", "", "", *cost, self.reason or ""
+            before = count(self.params_dense), "", _macs(self.macs_dense), ""
+            return *head, "dense", "", "", "", "", "", *before, self.reason or ""
         fields = self.planned_error, self.kernel_error, self.planned_output_error, self.output_error
         errors = [f"{error:.4f}" if error is not None else "" for error in fields]
         size = f"{count(self.params_dense)} → {count(self.params)}", ratio(self.params_dense, self.params)
-        cost = ("", "")
+        cost: tuple[str, ...] = ("", "")
         if self.macs is not None:
             cost = f"{_macs(self.macs_dense)} → {count(self.macs)}", ratio(self.macs_dense, self.macs)
         return *head, str(self.format), " ".join(map(str, self.ranks)), *errors, *size, *cost, ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -20,19 +21,25 @@ __all__ = ["Markup", "document", "escape", "filled", "table"]
 
 @cache
 def _templates() -> Environment:
-    return Environment(
+    made = Environment(
         loader=PackageLoader("tncompress"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=False,
     )
+    made.filters["breakable"] = breakable
+    return made
 
 
 def filled(template: str, **values: Any) -> Markup:
     """Return a template of this package with its values, each escaped unless it is markup already."""
     return Markup(_templates().get_template(template).render(**values))
+
+
+def breakable(name: str) -> Markup:
+    """Return a name that may be broken after its dots and underscores."""
+    return Markup("<wbr>").join(part for part in re.split(r"(?<=[._])", name))
 
 
 def source_of(template: str) -> Markup:
@@ -43,7 +50,7 @@ def source_of(template: str) -> Markup:
 
 
 def document(title: str, body: Markup, *, styles: Sequence[str] = (), scripts: Iterable[str] = ()) -> str:
-    """Return a whole page; of the scripts in its body only ``scripts`` may run, and nothing may be fetched."""
+    """Return a whole page; of scripts in its body only ``scripts`` may run, and nothing may be fetched."""
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     return str(
         filled(

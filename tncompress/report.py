@@ -18,11 +18,13 @@ from tncompress.measure import (
     Evaluation,
     Latency,
     bytes_on_disk,
+    device_of,
     latencies,
     macs,
     num_params,
     peak_memory,
 )
+from tncompress.noise import device_name
 from tncompress.recovery_record import Recovery
 from tncompress.report_table import Figures, Report, milliseconds
 from tncompress.rounds import Progressive
@@ -68,7 +70,7 @@ def report(
         compressed=after,
         plan=plan,
         input_shapes=tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)),
-        environment=environment(),
+        environment=environment() | {"device": device_name(device_of(dense))},
         layers=layer_figures(dense, small, plan, example_inputs, batches),
         recovery=history if isinstance(history, Recovery) else Recovery.of(history, steps),
         atlas=atlas,
@@ -80,15 +82,14 @@ def _figures(
     model: nn.Module, latency: Latency, example_inputs: Any, evaluate: Callable[[nn.Module], Any] | None
 ) -> Figures:
     found = evaluate(model) if evaluate is not None else None
-    known = isinstance(found, Evaluation)
     return Figures(
-        accuracy=found.accuracy if known else found,
+        accuracy=found.accuracy if isinstance(found, Evaluation) else found,
         params=num_params(model),
         macs=macs(model, example_inputs),
         bytes_on_disk=bytes_on_disk(model),
         latency=latency,
         peak_memory=peak_memory(model, example_inputs),
-        images=found.samples if known else None,
+        images=found.samples if isinstance(found, Evaluation) else None,
     )
 
 

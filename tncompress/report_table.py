@@ -79,7 +79,7 @@ class Report:
             ("size on disk", "B", dense.bytes_on_disk, small.bytes_on_disk),
             ("peak memory", "B", dense.peak_memory, small.peak_memory),
         ):
-            rows.append((name, _with_unit(a, unit), _with_unit(b, unit), change(a, b, "less", "more")))
+            rows.append((name, with_unit(a, unit), with_unit(b, unit), change(a, b, "less", "more")))
         times = milliseconds(dense.latency), milliseconds(small.latency)
         rows.append(
             (
@@ -195,7 +195,8 @@ def milliseconds(latency: Latency) -> str:
     return f"{1e3 * latency.median:.3g} ± {1e3 * latency.iqr / 2:.2g} ms"
 
 
-def _with_unit(number: int, unit: str) -> str:
+def with_unit(number: int, unit: str) -> str:
+    """Return a count with its unit: ``36.9 kB``, ``912 B``."""
     text = count(number)
     return text + (unit if " " in text else f" {unit}") if unit else text
 

@@ -14,7 +14,9 @@ def _field(name, field) -> str:
     if field.is_required():
         return name
     default = field.get_default(call_default_factory=True)
-    return f"{name}={default!r}" if not isinstance(default, BaseModel) else f"{name}={type(default).__name__}()"
+    return (
+        f"{name}={default!r}" if not isinstance(default, BaseModel) else f"{name}={type(default).__name__}()"
+    )
 
 
 def setup(sphinx):
