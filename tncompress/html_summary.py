@@ -48,7 +48,13 @@ def _counted(name: str, unit: str, a: int, b: int) -> dict[str, Any]:
 
 
 def _card(
-    name: str, dense: str, now: str, a: float, b: float, words: tuple[str, str], spreads: tuple[str, str]
+    name: str,
+    dense: str,
+    now: str,
+    a: float | int,
+    b: float | int,
+    words: tuple[str, str],
+    spreads: tuple[str, str],
 ) -> dict[str, Any]:
     return {
         "name": name,

@@ -113,9 +113,10 @@ class Report:
         parts = [markdown_table(("", "dense", "compressed", ""), self.rows())]
         if self.layers:
             parts += [f"{LAYERS}.", markdown_table(*self.layer_table())]
+        if self.recovery.steps:
+            parts.append(f"{self.way()}.")
         if self.recovery.points:
-            rows = [point.cells() for point in self.recovery.points]
-            parts += [f"{self.way() or 'Losses of the training'}.", markdown_table(CURVE_COLUMNS, rows)]
+            parts += ["Recovery.", markdown_table(CURVE_COLUMNS, [p.cells() for p in self.recovery.points])]
         if self.atlas is not None:
             parts.append(self.atlas.to_markdown().strip())
         if self.plan is not None:
@@ -147,9 +148,9 @@ class Report:
 
     def way(self) -> str:
         """Return in words how the accuracy went; empty where that is not known."""
-        dense = [("dense", self.recovery.dense)] if self.recovery.dense is not None else []
-        steps = [*dense, *((step.name, step.accuracy) for step in self.recovery.steps)]
-        words = " → ".join(f"{name} {percent(accuracy)}" for name, accuracy in steps)
+        dense = self.recovery.dense if self.dense.accuracy is None else self.dense.accuracy
+        steps = [("dense", dense), *((step.name, step.accuracy) for step in self.recovery.steps)]
+        words = " → ".join(f"{name} {percent(known)}" for name, known in steps if known is not None)
         return f"Accuracy: {words}" if self.recovery.steps else ""
 
     def spec_text(self) -> str:
