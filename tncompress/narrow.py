@@ -40,20 +40,28 @@ class Fitted:
             column.overflow = "ignore" if figures else "fold"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self._needed(console, options) <= options.max_width:
-            yield self.table
-        else:
+        least, most = self._widths(console, options)
+        room = options.max_width - 1 - sum(3 + width for width in least)
+        if room < 0:
             yield from self._listed(console, options.max_width)
+            return
+        wanted = sorted((b - a, place) for place, (a, b) in enumerate(zip(least, most, strict=True)))
+        for number, (more, place) in enumerate(wanted):
+            given = min(more, room // (len(wanted) - number))
+            self.table.columns[place].width = least[place] + given
+            room -= given
+        yield self.table
 
-    def _needed(self, console: Console, options: ConsoleOptions) -> int:
-        """Return the least width of the table: borders and padding, whole figures, folded words."""
-        roomy, total = options.update(max_width=10_000), 1
+    def _widths(self, console: Console, options: ConsoleOptions) -> tuple[list[int], list[int]]:
+        """Return the least width of each column, that of whole figures or words, and that of whole cells."""
+        roomy, found = options.update(max_width=10_000), []
         for column in self.table.columns:
             cells = [_text(console, cell) for cell in (column.header, *column.cells)]
-            found = [Measurement.get(console, roomy, cell) for cell in cells]
-            widest = max(each.maximum if column.no_wrap else each.minimum for each in found)
-            total += 3 + (widest if column.no_wrap else min(widest, NARROWEST))
-        return total
+            sizes = [Measurement.get(console, roomy, cell) for cell in cells]
+            whole = max(size.maximum for size in sizes)
+            words = min(max(size.minimum for size in sizes), NARROWEST)
+            found.append((whole if column.no_wrap else words, whole))
+        return [least for least, _ in found], [most for _, most in found]
 
     def _listed(self, console: Console, width: int) -> Iterator[Text]:
         """Yield the title, each row as its first cell and the other figures below it, and the caption."""
