@@ -186,6 +186,20 @@ def test_errors_of_a_fresh_compression_are_those_that_the_plan_promised():
     assert sum(layer.macs for layer in told.layers) == told.compressed.macs
 
 
+def test_the_error_of_an_output_is_about_the_mean_of_each_channel():
+    model = nn.Sequential(nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 1)).double()
+    batches = [torch.rand(8, 6, 5, 4, dtype=torch.float64) for _ in range(2)]
+    small = tnc.compress(model, {"default": {"format": "mps", "rank": {"fixed": 2}}, "keep_dense": []})
+    told = tnc.report(model, small, example_inputs=batches[0], batches=batches, seconds=0.01)
+    x = torch.cat(batches)
+    for place, layer in ((0, told.layers[0]), (2, told.layers[1])):
+        given = model[:place](x)
+        wanted = model[place](given).detach()
+        missed = (wanted - small[place](given)).detach()
+        parts = [t - t.mean((0, 2, 3), keepdim=True) for t in (missed, wanted)]
+        assert layer.output_error == pytest.approx(float(parts[0].norm() / parts[1].norm()), rel=1e-9)
+
+
 def test_a_model_without_a_plan_is_reported_layer_by_layer():
     dense = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Conv2d(8, 6, 1))
     small = nn.Sequential(tnc.TNConv.from_dense(dense[0], tnc.Tucker(), (3, 4)), dense[1])
