@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import deployment_page
@@ -29,6 +30,7 @@ import tncompress as tnc
 from tncompress.onnx_export import session
 from tncompress.programs import relative_error
 from tncompress.targets import Wanted, export_to
+from tncompress.timing import samples_in_turns
 
 DOCS = Path(__file__).parents[1] / "docs"
 PARTS = ("sizes", "backbone", "latency", "load")
@@ -169,7 +171,8 @@ def latency(name, *, side, batch, times, rounds):
             path = Path(place) / f"{form}.onnx"
             errors[form] = tnc.export_onnx(model, path, x, fused=fused, fold_batchnorm=True)
             runs[form] = session(path, torch.get_num_threads())
-        seconds = in_turns(runs, x.numpy(), rounds)
+        calls = [partial(run.run, None, {"input": x.numpy()}) for run in runs.values()]
+        seconds = dict(zip(runs, samples_in_turns(calls, seconds=0.0, rounds=rounds), strict=True))
     return {
         "part": "latency",
         "model": name,
@@ -181,18 +184,6 @@ def latency(name, *, side, batch, times, rounds):
         "differences": errors,
         **machine(),
     }
-
-
-def in_turns(runs, x, rounds):
-    """Return the seconds of each session, one after the other in every round: noise hits all alike."""
-    found = {form: [] for form in runs}
-    for number in range(rounds + 1):
-        for form, run in runs.items():
-            begun = time.perf_counter()
-            run.run(None, {"input": x})
-            if number:
-                found[form].append(time.perf_counter() - begun)
-    return found
 
 
 def load(megabytes):

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from accuracy_at_size import append, conv_params, tltorch_model
-from recovery_steps import in_turns, steps
+from recovery_steps import backwards_in_turns, steps
 from torch import nn
 
 import tncompress as tnc
@@ -284,7 +284,7 @@ class Bench:
                 logits.log_softmax(1), target.log_softmax(1)
             )
 
-        taken = in_turns({"global": whole, "local": lambda: slices(x)[0]}, self.options, rounds=6)
+        taken = backwards_in_turns({"global": whole, "local": lambda: slices(x)[0]}, self.options, rounds=6)
         return {name: min(found) for name, found in taken.items()}
 
 
@@ -344,7 +344,7 @@ def seconds_by_kind(bench: Bench) -> dict[str, float]:
         loader = bench.data.train_loader(seed=bench.seed)
         x, y = (tensor.to(bench.options.device) for tensor in next(iter(loader)))
         loss = {"dense": lambda: nn.functional.cross_entropy(model(x), y)}
-        steps = in_turns(loss, bench.options, rounds=6)
+        steps = backwards_in_turns(loss, bench.options, rounds=6)
         taken["dense"] = min(steps["dense"]) * len(loader) * 1.1  # the test images come on top
     return {kind: taken.get(kind, taken["dense"] * slower) for kind, slower in SLOWER.items()}
 

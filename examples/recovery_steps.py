@@ -2,9 +2,8 @@
 
 import argparse
 import json
-import time
-from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from accuracy_at_size import append
@@ -14,6 +13,7 @@ import tncompress as tnc
 from tncompress.measure import macs, peak_memory, peak_training_memory
 from tncompress.report import environment
 from tncompress.running import copy_model
+from tncompress.timing import samples_in_turns
 
 WAYS = {
     "mixed": ("auto", lambda model: None),
@@ -52,7 +52,7 @@ def steps(options: argparse.Namespace) -> None:
             if layout == "channels last":
                 trained = trained.to(memory_format=torch.channels_last)
             losses[name] = trainer_of(trained, x, y)
-        taken = in_turns(losses, options, rounds=options.rounds)
+        taken = backwards_in_turns(losses, options, rounds=options.rounds)
         row[layout] = {name: min(found) for name, found in taken.items()}  # others only ever add
     append(options.results, row)
     print(json.dumps(row, indent=1))
@@ -70,18 +70,18 @@ def trainer_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[
     return loss
 
 
-def in_turns(losses: dict[str, Callable], options: argparse.Namespace, rounds: int) -> dict[str, list]:
+def backwards_in_turns(
+    losses: dict[str, Callable], options: argparse.Namespace, rounds: int
+) -> dict[str, list]:
     """Return the seconds that each way to a loss takes, its backward pass included, round by round."""
-    taken = defaultdict(list)
     kind = torch.device(options.device).type
-    for number in range(rounds):
-        for name, loss in losses.items():
-            started = time.perf_counter()
-            with torch.autocast(kind, torch.bfloat16, enabled=options.precision == "bf16"):
-                found = loss()
-            found.backward()
-            if kind == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                taken[name].append(time.perf_counter() - started)
-    return taken
+
+    def backward(loss: Callable) -> None:
+        with torch.autocast(kind, torch.bfloat16, enabled=options.precision == "bf16"):
+            found = loss()
+        found.backward()
+
+    taken = samples_in_turns(
+        [partial(backward, loss) for loss in losses.values()], seconds=0.0, rounds=rounds
+    )
+    return dict(zip(losses, taken, strict=True))

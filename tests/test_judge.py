@@ -48,7 +48,9 @@ def test_losses_are_of_layer_outputs_or_of_the_network_and_kept_by_the_fits(budg
     for plan in (by_layers, by_network):
         assert all(plan.budget.reached[name] <= most for name, most in budget.items())
     assert_close(by_layers.budget.fitted, sum(layer.output_error**2 for layer in by_layers.compressed))
-    predicted = [found.predict(layer.name, layer.output_error) for layer in by_network.compressed]
+    predicted = [
+        found.predict(layer.name, layer.output_error, layer.format) for layer in by_network.compressed
+    ]
     assert_close(by_network.budget.fitted, sum(predicted))
 
 

@@ -17,7 +17,8 @@ import tncompress as tnc
 from tncompress.cli import app
 from tncompress.discovery import find_layers
 from tncompress.outputs import DenseOutputs, Images
-from tncompress.responses import Row, Sensitivity, fit_curve
+from tncompress.response_curves import fit_curve
+from tncompress.responses import Row, Sensitivity
 from tncompress.sensitivity import quick_sensitivity
 from tncompress.truncation import Subject, chosen, projected
 
@@ -367,6 +368,27 @@ def test_a_layer_without_rows_cannot_be_predicted():
             found.predict("a", loss)
 
 
+def test_a_format_has_its_own_curve_or_a_factor():
+    """With as many rows as any its own points; with fewer the others' curve, times how far it lies above."""
+    law = [(loss, loss**2) for loss in (0.1, 0.2, 0.4)]
+    own = [(loss, 0.5 * loss) for loss in (0.1, 0.2, 0.4)]
+    few = [(0.1, 0.03), (0.2, 0.12)]
+    rows = rows_of(law) + rows_of(own, format="mps") + rows_of(few, format="cp")
+    found, pooled = Sensitivity(tuple(rows), 1), Sensitivity(tuple(rows_of(law) + rows_of(own)), 1)
+    svd, mps, cp, tucker = map(tnc.formats.make_format, ("svd", "mps", "cp", "tucker"))
+    for loss in (0.05, 0.1, 0.2, 0.4, 0.8):
+        assert_close(found.predict("a", loss, svd), loss**2)
+        factor = math.sqrt(math.prod(y / pooled.predict("a", x) for x, y in few))
+        assert_close(found.predict("a", loss, cp), factor * pooled.predict("a", loss))
+        assert found.predict("a", loss, tucker) == found.predict("a", loss)
+    assert_close(found.predict("a", 0.2, mps), 0.1)
+    assert found.predict("a", 0.0, cp) == 0
+    idle = Sensitivity(tuple(rows_of(law) + rows_of([(0.1, 0.0)], format="cp")), 1)
+    assert idle.predict("a", 0.3, cp) == idle.predict(
+        "a", 0.3, svd
+    )  # nothing to be had from a row without change
+
+
 def test_the_rank_correlation_leaves_one_format_out():
     """Formats that tell the same law predict each other; where one tells the reverse, none does."""
     law = [(loss, loss**2) for loss in (0.1, 0.2, 0.4)]
@@ -414,8 +436,8 @@ def test_files_that_hold_none_are_one_line(tmp_path, change, message):
 # --- the quick form -----------------------------------------------------------------------------------------
 
 
-def test_the_quick_form_takes_one_format_and_no_more_images_than_it_can_afford(model, batches, monkeypatch):
-    found = quick_sensitivity(model, batches, ratios=(0.5, 0.3))
+def test_the_quick_form_takes_no_more_images_than_it_can_afford(model, batches, monkeypatch):
+    found = quick_sensitivity(model, batches, formats=("svd",), ratios=(0.5, 0.3))
     assert found.images == 9
     assert found.rows == measured(model, batches, ratios=(0.5, 0.3)).rows
     module = sys.modules["tncompress.sensitivity"]  # the package has the function by this name
@@ -427,6 +449,24 @@ def test_the_quick_form_takes_one_format_and_no_more_images_than_it_can_afford(m
         "stem",
         "head",
     }
+
+
+def test_the_quick_form_has_one_row_more_for_each_format_that_stands_apart(model, batches, monkeypatch):
+    """On kernels of 1x1 all formats are one network."""
+    monkeypatch.setattr(sys.modules["tncompress.sensitivity"], "QUICK_RATIO", 0.3)
+    found = quick_sensitivity(model, batches, calibration=batches, ratios=(0.5,))
+    rows = {(row.layer, str(row.format)): row for row in found.rows}
+    assert {format for layer, format in rows if layer == "block"} == {
+        "svd", "svd(out kw|in kh)", "tucker", "mps", "cp",
+    }  # fmt: skip
+    assert {format for layer, format in rows if layer == "twice"} == {"svd"}
+    assert any("no network of its own" in entry.reason for entry in found.unmeasured)
+    exact = measured(model, batches, formats=("mps",), ratios=(0.3,), calibration=batches)
+    for row in exact.rows:
+        drafted = rows.get((row.layer, "mps"))
+        if drafted is not None:
+            assert drafted.ranks == row.ranks
+            assert drafted.local_loss >= row.local_loss * (1 - 1e-6)
 
 
 # --- misuse -------------------------------------------------------------------------------------------------
@@ -538,6 +578,6 @@ def test_the_closed_form_is_the_best_cut_of_its_rank(model, batches, layer, rati
 
 
 def test_the_closed_form_says_where_it_does_not_fit(model, batches):
-    found = quick_sensitivity(model, batches, calibration=batches, ratios=(0.05,))
+    found = quick_sensitivity(model, batches, formats=(), calibration=batches, ratios=(0.05,))
     assert not found.rows
     assert "at rank 1 holds" in found.unmeasured[-1].reason

@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tncompress.bench_table import Bench, Timing, Unmeasured
 from tncompress.freezing import freeze
-from tncompress.measure import benchmark_classes, device_of
+from tncompress.measure import device_of
 from tncompress.noise import Load, device_name, hints, settings
 from tncompress.report import environment
 from tncompress.running import call_model, copy_model, kept_modes
 from tncompress.tables import progress_bar
 from tncompress.textfiles import one_line
 from tncompress.threads import with_threads
+from tncompress.timing import benchmark_clock, samples_in_turns
 
 ROUNDS, FEWEST = 20, 5
 """In how many rounds the ways take turns; fewer, but no fewer than the second, where a call takes long."""
@@ -66,7 +67,7 @@ def bench(
     >>> [timing.batch for timing in found.timings]
     [1, 2]
     """
-    benchmark_classes()  # before a compiler, which would say that there is no GPU
+    benchmark_clock()  # before a compiler, which would say that there is no GPU
     models = _named(dense, compressed)
     device = device_of(dense)
     asked = _checked_ways(ways, device)
@@ -201,16 +202,9 @@ def _compiling(ways: Iterable[str]) -> Iterator[None]:
 
 def _timed(runs: Sequence[_Run], size: int, seconds: float) -> list[Timing]:
     """Return the timings of all runs of one batch size, which take turns."""
-    Timer, _ = benchmark_classes()  # noqa: N806
-    timers = [Timer("run()", globals={"run": run.call}, num_threads=torch.get_num_threads()) for run in runs]
+    calls = [run.call for run in runs]
     with _compiling(run.way for run in runs), torch.no_grad():
-        once = [min(float(timer.timeit(1).median) for _ in range(2)) for timer in timers]
-        rounds = max(FEWEST, min(ROUNDS, int(seconds / max([*once, 1e-9]))))
-        counts = [max(1, int(seconds / rounds / max(each, 1e-9))) for each in once]
-        samples: list[list[float]] = [[] for _ in runs]
-        for _ in range(rounds):
-            for timer, count, found in zip(timers, counts, samples, strict=True):
-                found.append(float(timer.timeit(count).median))
+        samples = samples_in_turns(calls, seconds=seconds, rounds=ROUNDS, fewest=FEWEST)
     return [_timing(run, size, found) for run, found in zip(runs, samples, strict=True)]
 
 

@@ -72,7 +72,7 @@ def candidates_of(
             Candidate(
                 format=format,
                 ranks=ranks,
-                loss=judge.loss(layer.name, error),
+                loss=judge.loss(layer.name, error, format),
                 params=params,
                 bytes=params * bytes_each,
                 macs=stages_macs(layer.geometry, stages, calls) if calls is not None else None,

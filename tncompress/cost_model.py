@@ -17,10 +17,10 @@ from tncompress.geometry import ConvGeometry
 from tncompress.latency import modelled
 from tncompress.layers import TNConv
 from tncompress.machine import machine_for
-from tncompress.measure import benchmark_classes
 from tncompress.prepacked import FrozenChain, FrozenConv, own_weights
 from tncompress.running import input_shapes
 from tncompress.strategies import Contraction, all_contractions, merged_stages, merged_weights
+from tncompress.timing import samples_in_turns
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -172,24 +172,16 @@ def in_turns(
     too. With one thread, and no GPU, it is that thread's own time that counts, which goes on only while it
     runs. What is ``hopeless`` times slower than the fastest after two rounds is not run any more.
     """
-    Timer, _ = benchmark_classes()  # noqa: N806
-    threads = torch.get_num_threads()
-    clock = {"timer": time.thread_time} if threads == 1 and not torch.cuda.is_available() else {}
-    timers = [Timer("run()", globals={"run": run}, num_threads=threads, **clock) for run in runs]
+    single = torch.get_num_threads() == 1 and not torch.cuda.is_available()
     with torch.inference_mode():
-        for timer in timers:
-            timer.timeit(1)
-        least = [min(_once(timer, 1) for _ in range(2)) for timer in timers]
-        counts = [max(1, int(seconds / rounds / max(each, 1e-6))) for each in least]
-        for number in range(rounds):
-            for k, timer in enumerate(timers):
-                if number < 2 or least[k] < hopeless * min(least):
-                    least[k] = min(least[k], _once(timer, counts[k]))
-    return least
-
-
-def _once(timer: Any, count: int) -> float:
-    return float(timer.timeit(count).median)
+        found = samples_in_turns(
+            runs,
+            seconds=seconds,
+            rounds=rounds,
+            hopeless=hopeless,
+            clock=time.thread_time if single else None,
+        )
+    return [min(samples) for samples in found]
 
 
 def _like(layer: TNConv, shape: tuple[int, ...]) -> Tensor:

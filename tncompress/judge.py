@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tncompress.calibrate import Calibration
 from tncompress.discovery import Layer, digest_of
+from tncompress.formats import Format
 from tncompress.metric import Metric
 from tncompress.ranks import RankPath
 from tncompress.responses import Sensitivity
@@ -56,8 +57,8 @@ class Judge:
         """Return the path of ranks of the layer ``name``."""
         return RankPath(kernels, settings, self.metric(name))
 
-    def loss(self, name: str, error: float) -> float:
-        """Return what an error of the layer ``name`` adds to the loss of the whole model."""
+    def loss(self, name: str, error: float, format: Format) -> float:
+        """Return what an error of the layer ``name`` in ``format`` adds to the loss of the whole model."""
         if self.sensitivity is not None and name in self.sensitivity.layers:
-            return self.sensitivity.predict(name, error)
+            return self.sensitivity.predict(name, error, format)
         return error**2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
@@ -19,10 +20,11 @@ from tncompress.discovery import Layer
 from tncompress.formats import Stage
 from tncompress.geometry import ConvGeometry
 from tncompress.machine import Machine, machine_for, terms
-from tncompress.measure import benchmark_classes, latencies
+from tncompress.measure import latencies
+from tncompress.timing import samples_in_turns
 
 REPEATS, SECONDS = 3, 0.004
-"""How often a chain is measured, and for how long at least each time; the median counts."""
+"""How often a chain is measured, and for about how long each time; the median counts."""
 
 
 class Clock:
@@ -90,23 +92,10 @@ def measured(
     device: torch.device,
 ) -> float:
     """Return the median seconds of a chain of this kind, with random weights, on an input of this shape."""
-    Timer, _ = benchmark_classes()  # noqa: N806
     with torch.inference_mode():
         x = torch.randn(shape, dtype=dtype, device=device)
         sizes = [stage.stored_shape(geometry.groups) for stage in sorted(stages, key=lambda s: s.factor)]
         stored = [torch.randn(size, dtype=dtype, device=device) for size in sizes]
-        names = {
-            "run": run_chain,
-            "x": x,
-            "stored": stored,
-            "stages": stages,
-            "calls": chain_calls(geometry, stages),
-            "groups": geometry.groups,
-        }
-        timer = Timer(
-            "run(x, stored, stages, calls, None, groups=groups)",
-            globals=names,
-            num_threads=torch.get_num_threads(),
-        )
-        timer.timeit(1)
-        return median(timer.blocked_autorange(min_run_time=SECONDS).median for _ in range(REPEATS))
+        calls = chain_calls(geometry, stages)
+        run = partial(run_chain, x, stored, stages, calls, None, groups=geometry.groups)
+        return median(*samples_in_turns([run], seconds=REPEATS * SECONDS, rounds=REPEATS))

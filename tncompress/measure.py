@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
+import statistics
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tncompress.running import call_model, copy_model, eval_mode
+from tncompress.timing import samples_in_turns
 from tncompress.weights import save_weights
 
 
@@ -99,7 +101,7 @@ def macs(model: nn.Module, example_inputs: Any) -> int:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one forward pass: the median over ``runs`` blocks of calls and their interquartile range."""
+    """Seconds of one forward pass: the median over ``runs`` samples and their interquartile range."""
 
     median: float
     iqr: float
@@ -111,39 +113,23 @@ def latencies(models: Sequence[nn.Module], example_inputs: Any, *, seconds: floa
 
     About ``seconds`` are spent on each model, in ten rounds.
     """
-    Timer, Measurement = benchmark_classes()  # noqa: N806
-    timers: list[Any] = []
-    blocks: list[list[Any]] = []
-    for model in models:
-        names = {"call_model": call_model, "model": model, "inputs": example_inputs}
-        timers.append(Timer("call_model(model, inputs)", globals=names, num_threads=torch.get_num_threads()))
-        blocks.append([])
     modes = [eval_mode(model) for model in models]
     for mode in modes:
         mode.__enter__()
     try:
         with torch.inference_mode():
-            for timer in timers:
-                timer.timeit(2)
-            for _ in range(10):
-                for timer, found in zip(timers, blocks, strict=True):
-                    found.append(timer.blocked_autorange(min_run_time=seconds / 10))
+            found = samples_in_turns(
+                [partial(call_model, model, example_inputs) for model in models], seconds=seconds
+            )
     finally:
         for mode in reversed(modes):
             mode.__exit__(None, None, None)
-    merged = [Measurement.merge(found)[0] for found in blocks]
-    return [Latency(float(m.median), float(m.iqr), len(m.times)) for m in merged]
+    return [_latency(samples) for samples in found]
 
 
-def benchmark_classes() -> tuple[Any, Any]:
-    """Import torch's benchmark tools without the word that they log where CUDA is built for but absent."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    before, logger.disabled = logger.disabled, True
-    try:
-        from torch.utils.benchmark import Measurement, Timer
-    finally:
-        logger.disabled = before
-    return Timer, Measurement
+def _latency(samples: Sequence[float]) -> Latency:
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Latency(median, high - low, len(samples))
 
 
 def peak_memory(model: nn.Module, example_inputs: Any) -> int:

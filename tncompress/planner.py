@@ -67,6 +67,7 @@ def make_plan(
         sensitivity = quick_sensitivity(
             model,
             batches,
+            formats=spec.formats,
             calibration=moments,
             keep_dense=spec.keep_dense,
             include=spec.include,
@@ -132,8 +133,8 @@ def _all_on_cpu(layers: Sequence[Layer]) -> bool:
 
 def _fitted_loss(made: Mapping[str, Decision], judge: Judge) -> float:
     """Return what the fits of these layers lose together, by the judge."""
-    fits = {name: one[1] for name, one in made.items() if not isinstance(one, Skip)}
-    return sum((judge.loss(name, fit.loss) for name, fit in fits.items() if fit is not None), 0.0)
+    done = [one for one in made.values() if not isinstance(one, Skip)]
+    return sum((judge.loss(one.name, fit.loss, one.format) for one, fit in done if fit is not None), 0.0)
 
 
 def with_fits(plan: Plan, layers: Sequence[Layer], calibration: Calibration) -> Plan:

@@ -162,6 +162,7 @@ class _Work:
                 found = quick_sensitivity(
                     self.dense,
                     self.images,
+                    formats=spec.formats,
                     calibration=self.calibration,
                     keep_dense=spec.keep_dense,
                     include=spec.include,

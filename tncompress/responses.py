@@ -1,16 +1,14 @@
 """How a network's output answers to the truncation of one layer at a time: rows, and what they predict.
 
 Between a layer's own loss and the change of the network's output lies what the rest of the network does
-with the error: a global average forgives it, a BatchNorm with a small variance does not. Near zero the
-squared change is in proportion to the squared loss, since networks are smooth there; the factor is the
-layer's own.
+with the error: a global average forgives it, a BatchNorm with a small variance does not.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from tncompress.formats import Format
+from tncompress.response_curves import LayerCurves, Point
 from tncompress.spec import FormatField, explain
 from tncompress.storage import new_file
 from tncompress.tables import markdown_table, percent, render
@@ -98,28 +98,29 @@ class Sensitivity:
         """The layers that :meth:`predict` knows."""
         return tuple(self._curves)
 
-    def predict(self, layer: str, loss: float) -> float:
+    def predict(self, layer: str, loss: float, format: Format | None = None) -> float:
         """Return the squared relative change of the network's output to expect at a ``loss`` of one layer.
 
-        ``loss`` is what the rows have as ``local_loss``. Of all rows of the layer, whatever their format,
-        the squared loss and the change are joined by straight lines in logarithms, neighbours that
-        contradict "more loss, more change" at their mean; beyond both ends the change is in proportion to the
-        squared loss. A layer without rows is a ``ValueError``.
+        ``loss`` is what the rows have as ``local_loss``. Of the layer's rows in ``format``, or of all where
+        there is none, the squared loss and the change are joined by straight lines in logarithms, neighbours
+        that contradict "more loss, more change" at their mean; beyond both ends the change is in proportion
+        to the squared loss. A format with fewer rows than others has their curve times a factor. A layer
+        without rows is a ``ValueError``.
         """
         if not loss >= 0:
             raise ValueError(f"a loss is a number from 0 on, got {loss!r}")
-        curve = self._curves.get(layer)
-        if curve is None:
+        curves = self._curves.get(layer)
+        if curves is None:
             known = ", ".join(self._curves) or "none"
             raise ValueError(f"the sensitivity of layer {layer!r} was not measured; measured are {known}")
-        return curve(loss)
+        return curves.of(format)(loss)
 
     def rank_correlation(self, measured: Sensitivity | None = None) -> float | None:
         """Return the Spearman correlation of predicted and measured changes, over all layers together.
 
         Each row is predicted from the rows of the other formats: one format is left out at a time. With
-        ``measured`` the rows of that sensitivity are predicted from all rows of this one. None where fewer
-        than three rows can be predicted.
+        ``measured`` the rows of that sensitivity are predicted from this one, as :meth:`predict` does. None
+        where fewer than three rows can be predicted.
         """
         from scipy.stats import spearmanr  # takes longer to import than all else here
 
@@ -128,14 +129,14 @@ class Sensitivity:
             left = (row for row in self.rows if row.format != format)
             curves = self._curves if measured is not None else _curves_of(left)
             wanted = [row for row in (measured or self).rows if row.format == format and row.layer in curves]
-            pairs += [(curves[row.layer](row.local_loss), row.error) for row in wanted]
+            pairs += [(curves[row.layer].of(format)(row.local_loss), row.error) for row in wanted]
         if len(pairs) < 3:
             return None
         found = float(spearmanr(*zip(*pairs, strict=True)).statistic)
         return found if math.isfinite(found) else None
 
     @cached_property
-    def _curves(self) -> dict[str, Curve]:
+    def _curves(self) -> dict[str, LayerCurves]:
         return _curves_of(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -246,67 +247,8 @@ def _ratio(ratio: float | None) -> str:
     return f"{ratio:.4g}" if ratio is not None else ""
 
 
-# --- prediction ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The change of the network's output as a growing function of a layer's loss, 0 at 0.
-
-    ``points`` are the logarithms of squared losses and of changes, both strictly increasing. Without points
-    the change is ``constant`` times the squared loss.
-    """
-
-    points: tuple[tuple[float, float], ...]
-    constant: float = 0.0
-
-    def __call__(self, loss: float) -> float:
-        """Return the squared relative change of the output at this loss."""
-        if loss == 0 or not self.points:
-            return self.constant * loss**2
-        x = 2 * math.log(loss)
-        (first, low), (last, high) = self.points[0], self.points[-1]
-        if x <= first:
-            return math.exp(low + x - first)
-        if x >= last:
-            return math.exp(min(high + x - last, 700.0))
-        after = next(i for i, (at, _) in enumerate(self.points) if at >= x)
-        (x0, y0), (x1, y1) = self.points[after - 1], self.points[after]
-        return math.exp(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
-
-
-def fit_curve(losses: Sequence[float], errors: Sequence[float]) -> Curve:
-    """Return the curve through measured points, those that contradict its growth pooled at their mean.
-
-    The pooling is that of isotonic regression (Ayer et al. 1955), with the mean of a pool standing where the
-    mean of its losses is. Rows without a loss of their own say nothing; where no other is there, the change
-    is taken to be the squared loss itself.
-
-    >>> curve = fit_curve([0.1, 0.2], [0.001, 0.016])
-    >>> [round(curve(loss), 6) for loss in (0.0, 0.05, 0.1, 0.2, 0.4)]
-    [0.0, 0.00025, 0.001, 0.016, 0.064]
-    """
-    seen = sorted((loss, error) for loss, error in zip(losses, errors, strict=True) if loss > 0)
-    if not seen:
-        return Curve((), 1.0)
-    if not any(error > 0 for _, error in seen):
-        return Curve(())
-    pools: list[tuple[int, float, float]] = []  # how many points, their mean
-    for loss, error in seen:
-        x = 2 * math.log(loss)
-        pool = (1, x, math.log(max(error, 1e-12 * loss**2, 1e-300)))
-        while pools and (pools[-1][2] >= pool[2] or pools[-1][1] >= pool[1]):
-            (n, a, b), (m, c, d) = pools.pop(), pool
-            pool = (n + m, (n * a + m * c) / (n + m), (n * b + m * d) / (n + m))
-        pools.append(pool)
-    return Curve(tuple((x, y) for _, x, y in pools))
-
-
-def _curves_of(rows: Iterable[Row]) -> dict[str, Curve]:
-    by_layer: dict[str, list[Row]] = {}
+def _curves_of(rows: Iterable[Row]) -> dict[str, LayerCurves]:
+    points: dict[str, dict[Format, list[Point]]] = {}
     for row in rows:
-        by_layer.setdefault(row.layer, []).append(row)
-    return {
-        layer: fit_curve([row.local_loss for row in own], [row.error for row in own])
-        for layer, own in by_layer.items()
-    }
+        points.setdefault(row.layer, {}).setdefault(row.format, []).append((row.local_loss, row.error))
+    return {layer: LayerCurves(own) for layer, own in points.items()}

@@ -15,7 +15,7 @@ from torch import nn
 
 from tncompress.calibrate import Calibration, as_calibration
 from tncompress.discovery import Layer, digest_of, digest_of_model, find_layers, refuse_wrapped
-from tncompress.formats import SVD, Format, make_format
+from tncompress.formats import SVD, Format, all_contenders, make_format
 from tncompress.measure import device_of, macs
 from tncompress.outputs import DenseOutputs, Images
 from tncompress.responses import Row, Sensitivity, Unmeasured
@@ -25,7 +25,7 @@ from tncompress.selection import kept_dense
 from tncompress.spec import KEEP_DENSE, ParamsRatio, Settings, Spec
 from tncompress.swap import replace_all_
 from tncompress.tables import progress_bar
-from tncompress.truncation import Subject, Truncate, chosen, projected, ratio_of
+from tncompress.truncation import Subject, Truncate, chosen, drafted, projected, ratio_of, stands_apart
 
 QUICK_MACS = 2e12
 """What the forward passes of :func:`quick_sensitivity` may take together."""
@@ -36,7 +36,10 @@ QUICK_IMAGES = 8, 256
 QUICK_RATIOS = 0.5, 0.15, 0.05, 0.015
 """Where it looks at each layer: the network's answer to large losses is no multiple of that to small ones."""
 
-_KEYS = 1
+QUICK_RATIO = 0.1
+"""Where it looks at each format but that of the closed form."""
+
+_KEYS = 2
 """The version of what the keys of a cache are made from and of what its rows hold."""
 
 
@@ -70,8 +73,7 @@ def sensitivity(
     return _measured(
         model,
         Images.gather(batches, device_of(model), images),
-        _settings(formats, ratios),
-        chosen,
+        [(settings, chosen) for settings in _settings(formats, ratios)],
         calibration=calibration,
         keep_dense=keep_dense,
         include=include,
@@ -84,6 +86,7 @@ def quick_sensitivity(
     model: nn.Module,
     batches: Iterable[Any],
     *,
+    formats: Sequence[Any] | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
     ratios: Sequence[int | float] = QUICK_RATIOS,
     keep_dense: Sequence[str] = KEEP_DENSE,
@@ -92,24 +95,30 @@ def quick_sensitivity(
     images: int | None = None,
     progress: bool = False,
 ) -> Sensitivity:
-    """Return a sensitivity that is cheap enough for every budget: one format in closed form, few images.
+    """Return a sensitivity that is cheap enough for every budget: closed forms and drafts, few images.
 
-    Kernels are cut ``out|rest`` at few ``ratios``: what :meth:`Sensitivity.predict` makes of that is about
-    the same for all formats. Without ``images`` as many are taken, 256 at most and 8 at least, as keep the
-    forward passes of all layers within some minutes on two cores.
+    Kernels are cut ``out|rest`` at few ``ratios``, which tells the curve of each layer. Each of ``formats``
+    (all that compete under ``format: auto``) is measured at one ratio: by what factor its errors change
+    the output more or less than that. Without ``images`` as many are taken, 256 at most and 8 at least, as
+    keep the forward passes of all layers within some minutes on two cores.
     """
     held = Images.gather(batches, device_of(model), images or QUICK_IMAGES[1])
+    named = all_contenders() if formats is None else formats
+    others = _settings(named, (QUICK_RATIO,)) if named else []
+    tasks = [(settings, projected) for settings in _settings((SVD(),), ratios)]
+    tasks += [(settings, drafted) for settings in others if settings.one_format != SVD()]
     if images is None:
         asked = Spec.parse({"keep_dense": tuple(keep_dense), "include": tuple(include)})
-        passes = 1 + len(_layers(model, asked)[0]) * len(ratios)
+        layers = _layers(model, asked)[0]
+        apart = [stands_apart(o.one_format, x.geometry.kernel_shape) for x in layers for o in others]
+        passes = 1 + len(layers) * len(ratios) + sum(apart)
         least, most = QUICK_IMAGES
         affordable = int(QUICK_MACS / (passes * max(macs(model, held.inputs[0][:1]), 1)))
         held = held.first(min(most, max(least, affordable)))
     return _measured(
         model,
         held,
-        _settings((SVD(),), ratios),
-        projected,
+        tasks,
         calibration=calibration,
         keep_dense=keep_dense,
         include=include,
@@ -121,8 +130,7 @@ def quick_sensitivity(
 def _measured(
     model: nn.Module,
     images: Images,
-    settings: Sequence[Settings],
-    truncate: Truncate,
+    tasks: Sequence[tuple[Settings, Truncate]],
     *,
     calibration: Calibration | Iterable[Any] | None,
     keep_dense: Sequence[str],
@@ -137,13 +145,13 @@ def _measured(
     target = copy_model(model)
     moments = as_calibration(calibration, target, include=asked.include, progress=progress)
     layers, unmeasured = _layers(target, asked)
-    run = _Run(target, DenseOutputs(target, images), truncate, RowCache(cache))
+    run = _Run(target, DenseOutputs(target, images), RowCache(cache))
     rows: list[Row] = []
-    with progress_bar(len(layers) * len(settings), show=progress) as advance:
+    with progress_bar(len(layers) * len(tasks), show=progress) as advance:
         for layer in layers:
             subject = Subject.of(layer, moments)
-            for setting in settings:
-                found = run.row(subject, setting)
+            for setting, truncate in tasks:
+                found = run.row(subject, setting, truncate)
                 (rows if isinstance(found, Row) else unmeasured).append(found)  # type: ignore[arg-type]
                 advance(f"{layer.name} {setting.one_format} {ratio_of(setting):g}")
     digests = {layer.name: digest_of(layer.weight()) for layer in layers}
@@ -181,21 +189,20 @@ class _Run:
 
     model: nn.Module
     dense: DenseOutputs
-    truncate: Truncate
     cache: RowCache
 
     def __post_init__(self) -> None:
-        self._what = [_KEYS, self.truncate.__name__, digest_of_model(self.model), self.dense.images.digest()]
+        self._what = [_KEYS, digest_of_model(self.model), self.dense.images.digest()]
 
-    def row(self, subject: Subject, settings: Settings) -> Row | Unmeasured:
+    def row(self, subject: Subject, settings: Settings, truncate: Truncate) -> Row | Unmeasured:
         """Return the row of one truncation, from the cache if it is there, or why there is none."""
         layer, format, ratio = subject.layer, settings.one_format, ratio_of(settings)
-        about = json.dumps([*self._what, *subject.about, format.to_dict(), ratio])
+        about = json.dumps([*self._what, truncate.__name__, *subject.about, format.to_dict(), ratio])
         key = hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
         kept = self.cache.get(key)
         if kept is not None and math.isclose(kept["signal"], self.dense.signal, rel_tol=1e-3):
             return Row.from_dict(kept["row"])
-        found = self.truncate(subject, settings)
+        found = truncate(subject, settings)
         if isinstance(found, str):
             return Unmeasured(layer.name, format, ratio, found)
         ranks, fit = found

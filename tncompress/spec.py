@@ -383,6 +383,12 @@ class Spec(BaseModel):
         with new_file(path) as fresh:
             fresh.write_text(text, encoding="utf-8")
 
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """All formats that may be chosen for some layer."""
+        open_to = (self.default, *(rule for rule in self.rules if not rule.keep_dense))
+        return tuple(dict.fromkeys(format for settings in open_to for format in settings.formats))
+
     def rule_for(self, names: Sequence[str]) -> Rule | Settings:
         """Return the first rule that matches one of ``names``, else the default."""
         return next((rule for rule in self.rules if matches_any(rule.pattern, names)), self.default)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tncompress.calibrate import Calibration
 from tncompress.discovery import Layer, digest_of
-from tncompress.formats import Fit, Format
+from tncompress.formats import SVD, Fit, Format
 from tncompress.layers import TNConv
 from tncompress.metric import Metric
-from tncompress.ranks import NoRanks, choose
+from tncompress.ranks import NoRanks, RankPath, choose
 from tncompress.selection import check_weight, describe, memory_for
 from tncompress.spec import ParamsRatio, Settings
 from tncompress.swap import adopt
@@ -125,3 +125,29 @@ def projected(subject: Subject, settings: Settings) -> tuple[tuple[int, ...], Fi
     factors = (inner.unflatten(2, patch), leading)  # in the order of the chain
     cast = tuple((f if groups > 1 else f[0]).to(subject.weight.dtype).contiguous() for f in factors)
     return (rank,), Fit(cast, rel_error, (lost / total) ** 0.5 if total > 0 else 0.0)
+
+
+def stands_apart(format: Format, shape: tuple[int, ...]) -> bool:
+    """Say whether ``format`` is another network than the cut ``out|rest`` on kernels of this shape."""
+    try:
+        return format.network(shape) != SVD().network(shape)
+    except ValueError:  # the kernel has no such legs
+        return False
+
+
+def drafted(subject: Subject, settings: Settings) -> tuple[tuple[int, ...], Fit] | str:
+    """Return the ranks that :func:`chosen` finds with a fit made in less time, or why there is none.
+
+    There is none where the format does not stand apart from what :func:`projected` measures.
+    """
+    layer, format = subject.layer, settings.one_format
+    if not stands_apart(format, layer.geometry.kernel_shape):
+        return f"{format} is no network of its own on this kernel"
+    allowed = min(layer.params - 1, ratio_of(settings) * subject.weight.numel())
+    try:
+        with memory_for(describe(layer.name, subject.weight)):
+            path = RankPath(subject.kernels, settings, subject.metric)
+            ranks = path.ranks_within(allowed)
+            return ranks, path.draft(ranks)
+    except NoRanks as reason:
+        return str(reason)

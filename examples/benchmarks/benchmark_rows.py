@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tncompress.measure import benchmark_classes
 from tncompress.noise import ADVISED, settings
+from tncompress.timing import samples_in_turns
 
 ROWS = Path(__file__).parents[2] / "docs" / "benchmarks.jsonl"
 
@@ -48,19 +48,11 @@ def known():
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
-def samples_in_turns(runs, *, seconds, rounds=10):
-    """Return the seconds of each of ``runs`` (by name) in ``rounds`` rounds, in which they take turns."""
-    Timer, _ = benchmark_classes()  # noqa: N806
-    threads = torch.get_num_threads()
-    timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
-    found = {name: [] for name in runs}
+def samples_by_name(runs, *, seconds):
+    """Return the seconds of each of ``runs`` in ten rounds, in which they take turns, by name."""
     with torch.inference_mode():
-        once = {name: min(timer.timeit(1).median for _ in range(2)) for name, timer in timers.items()}
-        for _ in range(rounds):
-            for name, timer in timers.items():
-                count = max(1, int(seconds / rounds / max(once[name], 1e-6)))
-                found[name].append(float(timer.timeit(count).median))
-    return found
+        found = samples_in_turns(list(runs.values()), seconds=seconds)
+    return dict(zip(runs, found, strict=True))
 
 
 def summary(samples):

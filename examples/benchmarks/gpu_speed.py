@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark_rows import samples_in_turns, summary
+from benchmark_rows import samples_by_name, summary
 from layers_speed import FORMATS, random_layer, ranks_for
 from networks_speed import compressed_to
 from torch import nn
@@ -126,7 +126,7 @@ def decomposition_row(key, options):
 
 def measured(runs, options):
     """Return the median and the quartiles of each call."""
-    found = samples_in_turns(runs, seconds=options.seconds)
+    found = samples_by_name(runs, seconds=options.seconds)
     return {name: summary(samples) for name, samples in found.items()}
 
 

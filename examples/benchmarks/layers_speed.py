@@ -23,7 +23,7 @@ from benchmark_rows import (
     environment,
     known,
     machine,
-    samples_in_turns,
+    samples_by_name,
     summary,
     with_advised_environment,
 )
@@ -153,7 +153,7 @@ def measure_layer(name, shape, batch, cut, seconds):
                 assert gap < 1e-4, f"{key} of {name} computes something else: {gap}"
                 runs[key] = (model, x)
                 runs[f"{key} channels_last"] = (model, last)
-    found = samples_in_turns({key: partial(m, given) for key, (m, given) in runs.items()}, seconds=seconds)
+    found = samples_by_name({key: partial(m, given) for key, (m, given) in runs.items()}, seconds=seconds)
     return {
         "times": {key: summary(samples) for key, samples in found.items()},
         "macs_cut": real,

@@ -23,7 +23,7 @@ from benchmark_rows import (
     environment,
     known,
     machine,
-    samples_in_turns,
+    samples_by_name,
     summary,
     with_advised_environment,
 )
@@ -80,7 +80,7 @@ def measure(network, options):
     small, cut = compressed_to(model, options.format, options.cut, x)
     made = variants(model, small, x, options)
     runs = {name: (lambda m=m, given=given: m(given)) for name, (m, given) in made.items()}
-    found = samples_in_turns(runs, seconds=options.seconds)
+    found = samples_by_name(runs, seconds=options.seconds)
     frozen = made["compressed frozen"][0]
     return {
         "kind": "network",
