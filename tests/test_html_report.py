@@ -212,6 +212,13 @@ def test_a_model_without_a_plan_is_reported_layer_by_layer():
     assert "no convolution or linear layer" in plain.to_html()
 
 
+def test_what_speaks_against_the_latencies_is_told(monkeypatch):
+    monkeypatch.setattr("tncompress.noise.Load.others", 1.5)
+    told = report_of(nn.Sequential(nn.Conv2d(6, 8, 3), nn.Conv2d(8, 4, 1)))
+    for text in (told.to_markdown(), str(told), "".join(Checker(told.to_html()).text)):
+        assert "other processes took 1.5 of" in " ".join(text.split())
+
+
 def test_the_way_of_the_accuracy_is_told_as_far_as_it_is_known():
     told = Recovery.of(HISTORY)
     assert [(step.name, step.accuracy) for step in told.steps] == [

@@ -65,6 +65,7 @@ def page(report: Report, title: str) -> str:
         sections=SECTIONS,
         cards=cards(report),
         where=report.where(),
+        warnings=report.warnings,
         layers=lines,
         columns=columns,
         layer_words=layer_words(report),

@@ -24,7 +24,7 @@ from tncompress.measure import (
     num_params,
     peak_memory,
 )
-from tncompress.noise import device_name
+from tncompress.noise import Load, device_name
 from tncompress.recovery_record import Recovery
 from tncompress.report_table import Figures, Report, milliseconds
 from tncompress.rounds import Progressive
@@ -58,7 +58,9 @@ def report(
     it); ``steps``, accuracies before it, such as ``{"truncated": 0.90, "repaired": 0.97}``; ``atlas``, that
     of the dense model; ``source``, the arguments of :func:`tncompress.build_model`.
     """
-    times = latencies([dense, small], example_inputs, seconds=seconds)
+    load = Load()
+    with load.watched():
+        times = latencies([dense, small], example_inputs, seconds=seconds)
     before, after = (
         _figures(model, latency, example_inputs, evaluate)
         for model, latency in zip((dense, small), times, strict=True)
@@ -75,6 +77,7 @@ def report(
         recovery=history if isinstance(history, Recovery) else Recovery.of(history, steps),
         atlas=atlas,
         source=dict(source) if source else None,
+        warnings=tuple(load.warnings(max(time.iqr / time.median for time in times))),
     )
 
 

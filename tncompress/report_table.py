@@ -48,8 +48,9 @@ class Report:
     """Figures of the dense and the compressed model, the plan between them, and where they were measured.
 
     ``layers`` has every layer; ``recovery`` the way of the accuracy, as far as it is recorded, ``atlas`` the
-    spectra of the dense model, if they were asked for; ``source`` how the dense model is built. It prints as
-    tables; :meth:`to_json`, :meth:`to_markdown` and :meth:`to_html` are its other forms.
+    spectra of the dense model, if they were asked for; ``source`` how the dense model is built; ``warnings``
+    speak against the latencies. It prints as tables; :meth:`to_json`, :meth:`to_markdown` and
+    :meth:`to_html` are its other forms.
     """
 
     dense: Figures
@@ -61,6 +62,7 @@ class Report:
     recovery: Recovery = field(default_factory=Recovery)
     atlas: CutAtlas | None = None
     source: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return what the report shows: a name, the dense figure, the compressed one, their ratio.
@@ -102,6 +104,7 @@ class Report:
             "recovery": self.recovery.to_dict(),
             "atlas": self.atlas.to_dict() if self.atlas else None,
             "source": self.source,
+            "warnings": list(self.warnings),
         }
 
     def to_json(self) -> str:
@@ -111,6 +114,7 @@ class Report:
     def to_markdown(self) -> str:
         """Return the report as Markdown: the figures, every layer, the recovery, spectra, the spec."""
         parts = [markdown_table(("", "dense", "compressed", ""), self.rows())]
+        parts += [f"Warning: {words}." for words in self.warnings]
         if self.layers:
             parts += [f"{LAYERS}.", markdown_table(*self.layer_table())]
         if self.recovery.steps:
@@ -177,6 +181,7 @@ class Report:
                 f"dense and compressed, on an input of {shapes}", ("", "dense", "compressed", ""), self.rows()
             )
         ]
+        parts += [Text(f"warning: {words}") for words in self.warnings]
         if self.layers:
             parts.append(
                 _table(LAYERS, *self.layer_table(), words=("kernel", "format", "ranks", "why dense"))
