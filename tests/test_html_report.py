@@ -5,8 +5,10 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -417,3 +419,15 @@ def test_the_page_is_dark_where_the_reader_is_and_white_on_paper(opened):
     dark.emulate_media(media="print")
     assert dark.evaluate(colour) == "rgb(255, 255, 255)"
     assert len(dark.pdf()) > 10_000
+
+
+def test_the_example_takes_a_picture_and_prints(texts, tmp_path):
+    pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here to open the page in: apt-get install chromium")
+    (tmp_path / "one.html").write_text(texts["one"], encoding="utf-8")
+    script = Path(__file__).parents[1] / "examples" / "report_picture.py"
+    for name, start in (("one.png", b"\x89PNG"), ("one.pdf", b"%PDF")):
+        line = [sys.executable, script, "one.html", "--out", name, "--width", "375", "--dark"]
+        subprocess.run(line, check=True, cwd=tmp_path)
+        assert (tmp_path / name).read_bytes().startswith(start)
