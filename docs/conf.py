@@ -15,7 +15,14 @@ import tncompress  # noqa: E402
 
 project = "tncompress"
 release = version = tncompress.__version__
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton", "commands", "signatures"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "commands",
+    "signatures",
+]
 exclude_patterns = ["_build", "_ext"]
 smartquotes = False  # options begin with two hyphens
 

@@ -55,7 +55,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Return how far the network's output changes when each layer alone is truncated, by format and ratio.
 
-    The change is the squared relative error sum |y' - y|^2 / sum |y - mean(y)|^2 of the outputs on
+    The change is the squared relative error ``sum |y' - y|^2 / sum |y - mean(y)|^2`` of the outputs on
     ``batches``, at most ``images`` of them, centred over the images: what is the same in every output, such
     as a constant offset of the logits, is no signal. For outputs ``(images, classes)`` it is also the mean KL
     divergence of softmax(y') from softmax(y), and the change of accuracy where batches carry labels.
