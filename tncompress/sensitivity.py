@@ -65,8 +65,8 @@ def sensitivity(
     :class:`Calibration`, or batches to make one of) layers are truncated as ``compress`` does it then, and
     losses are those of their outputs. ``cache`` is a file
     that keeps each row as soon as it is measured: a run that was killed goes on there, and rows of another
-    model, other images or another calibration are not taken. The model is not touched. No images, and a
-    model without layers to truncate, are a ``ValueError``.
+    model, other images or another calibration are not taken. The model is not touched. No images at all are
+    a ``ValueError``.
 
     >>> import torch, tncompress as tnc
     >>> model, images = tnc.build_model("zoo:cnn4").eval(), [torch.randn(8, 1, 28, 28)]
