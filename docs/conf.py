@@ -20,14 +20,16 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
-    "commands",
+    "commands",  # this and what follows is in _ext
     "signatures",
+    "mathml",
 ]
 exclude_patterns = ["_build", "_ext"]
 smartquotes = False  # options begin with two hyphens
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+myst_update_mathjax = False
 
 # Tutorials are notebooks in Markdown. They run when they have changed; an error in a cell ends the build.
 nb_execution_mode = "cache"
@@ -44,6 +46,8 @@ autodoc_default_options = {"members": True, "exclude-members": "model_config, mo
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 
+html_math_renderer = "mathml"
+html_show_copyright = False
 html_theme = "furo"
 html_title = "tncompress"
 html_static_path = ["_static"]
