@@ -4,18 +4,22 @@ import importlib
 import inspect
 import re
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
+import geometry_grid
 import landing_picture
 import pytest
 import torch
+import zoo_table
 from accuracy_at_size import read
 from pages import ROOT, Block, blocks, check_command, commands, pages, run_python
 from PIL import Image
 
 import tncompress as tnc
 from tncompress.cli import app
+from tncompress.zoo import CNN4
 
 DOCS = ROOT / "docs"
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
@@ -26,20 +30,25 @@ WITH_PYTHON = [name for name, page in PAGES.items() if any(b.kind == "python" fo
 
 
 def readme(monkeypatch):
-    """Loaders that the README leaves to its reader, a hub that is not there, and no waiting for a compiler."""
+    """Loaders that the README leaves to its reader, a hub that is not there, and less work on ResNet-18."""
     x, y = torch.randn(4, 3, 64, 64), torch.randint(1000, (4,))
     uploaded = inspect.signature(tnc.push_to_hub)
     monkeypatch.setattr(tnc, "bench", partial(tnc.bench, ways=["eager", "frozen"], seconds=0.01))
+
+    def repair(small, dense, batches, mend=tnc.repair):
+        return mend(small, dense, batches, least_squares="all" if isinstance(small, CNN4) else False)
+
+    monkeypatch.setattr(tnc, "repair", repair)
     monkeypatch.setattr(tnc, "push_to_hub", lambda *args, **kwargs: uploaded.bind(*args, **kwargs))
     return {"batches": [x], "train_loader": [(x, y)], "val_loader": [(x, y)]}
 
 
 def own_images(monkeypatch):
-    """A folder of small photographs, and pretrained weights that are not downloaded."""
+    """A folder of small photographs, and a small network in the place of what would be downloaded."""
     timm, models = importlib.import_module("timm"), importlib.import_module("torchvision.models")
-    make, built = timm.create_model, models.resnet18
+    make = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: make(name, **options))
-    monkeypatch.setattr(models, "resnet18", lambda weights: built())
+    monkeypatch.setattr(models, "resnet18", lambda weights: tnc.build_model("zoo:resnet20", in_channels=3))
     for split, count in (("train", 6), ("val", 3)):
         for shade, kind in enumerate(("cat", "dog")):
             folder = Path("photos", split, kind)
@@ -194,3 +203,22 @@ def test_every_page_is_in_the_table_of_contents():
         place = str(page.relative_to(DOCS).with_suffix("")) if page.is_relative_to(DOCS) else None
         if place not in (None, "index", "tutorials"):
             assert place in listed, f"{name} is on no list"
+
+
+@pytest.mark.slow
+def test_the_page_of_geometries_is_what_the_grid_finds(tmp_path, monkeypatch, unchecked):
+    monkeypatch.setattr(sys, "argv", ["geometry_grid.py", "--out", str(tmp_path / "page.md")])
+    with warnings.catch_warnings():
+        geometry_grid.main()
+    made, kept = (
+        path.read_text().split("\nMade with ")[0] for path in (tmp_path / "page.md", DOCS / "geometries.md")
+    )
+    assert made == kept
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18", "squeezenet1_0", "mobilenet_v2"])
+def test_the_page_of_models_says_what_a_plan_says(name):
+    lines = [line.strip("| ").split(" | ") for line in (DOCS / "zoo.md").read_text().splitlines()]
+    (kept,) = (cells for cells in lines if cells[0] == name)
+    *made, _ = zoo_table.table_row("classification", name, {})
+    assert kept[: len(made)] == made
