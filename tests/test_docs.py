@@ -18,6 +18,7 @@ from pages import ROOT, Block, blocks, check_command, commands, pages, run_pytho
 from PIL import Image
 
 import tncompress as tnc
+import tncompress.data
 from tncompress.cli import app
 from tncompress.zoo import CNN4
 
@@ -33,7 +34,7 @@ def readme(monkeypatch):
     """Loaders that the README leaves to its reader, a hub that is not there, and less work on ResNet-18."""
     x, y = torch.randn(4, 3, 64, 64), torch.randint(1000, (4,))
     uploaded = inspect.signature(tnc.push_to_hub)
-    monkeypatch.setattr(tnc, "bench", partial(tnc.bench, ways=["eager", "frozen"], seconds=0.01))
+    monkeypatch.setattr(tnc, "bench", partial(tnc.bench, ways=["eager"], seconds=0.01))
 
     def repair(small, dense, batches, mend=tnc.repair):
         return mend(small, dense, batches, least_squares="all" if isinstance(small, CNN4) else False)
@@ -44,7 +45,9 @@ def readme(monkeypatch):
 
 
 def own_images(monkeypatch):
-    """A folder of small photographs, and a small network in the place of what would be downloaded."""
+    """A folder of photographs, read as small ones, and a small network in place of what is downloaded."""
+    load = tncompress.data.load_data
+    monkeypatch.setattr(tncompress.data, "load_data", lambda name, image_size: load(name, image_size=32))
     timm, models = importlib.import_module("timm"), importlib.import_module("torchvision.models")
     make = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: make(name, **options))

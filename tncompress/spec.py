@@ -108,8 +108,8 @@ class Energy(RankPolicy):
 
     With a calibration the norm is that of the layer's output.
 
-    >>> Energy(0.99).to_value()
-    0.99
+    >>> Spec.parse({"default": {"format": "cp", "rank": {"energy": 0.99}}}).default.rank
+    Energy(kept=0.99)
     """
 
     kept: float
@@ -124,7 +124,7 @@ class RelError(RankPolicy):
     """The fewest parameters with a relative Frobenius error of the kernel of at most ``error``.
 
     It is kept for certain: with several bonds the root of the sum of what they discard stands for the
-    error, which is smaller. With a calibration the error is that of the layer's output, and is measured.
+    error, which is at most that. With a calibration the error is that of the layer's output, and is measured.
     """
 
     error: float
