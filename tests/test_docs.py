@@ -126,6 +126,21 @@ def test_blocks_have_a_language_that_somebody_checks():
             assert block.kind in known, f"{block.page}:{block.line} has a block of {block.kind!r}"
 
 
+@pytest.mark.parametrize("page", ["troubleshooting", "read-a-plan"])
+def test_messages_on_a_page_are_those_of_the_code(page):
+    source = "\n".join(path.read_text() for path in (ROOT / "tncompress").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # literals that go on in the next line
+    lines = (DOCS / "howto" / f"{page}.md").read_text().splitlines()
+    tables = [line for line in lines if line.startswith("| ")]
+    cells = [
+        line.split(" | ")[0].strip("| ") for line in tables if not re.match(r"\| (---|\w+ it says)", line)
+    ]
+    assert len(cells) > 10
+    for cell in cells:
+        for part in re.split(r"'?\.\.\.'?|, |[()]", cell):
+            assert part.strip() in source, cell
+
+
 def test_specs_on_pages_can_be_read():
     read_ = 0
     for page in PAGES.values():
