@@ -132,11 +132,10 @@ def test_messages_on_a_page_are_those_of_the_code(page):
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # literals that go on in the next line
     lines = (DOCS / "howto" / f"{page}.md").read_text().splitlines()
     tables = [line for line in lines if line.startswith("| ")]
-    cells = [
-        line.split(" | ")[0].strip("| ") for line in tables if not re.match(r"\| (---|\w+ it says)", line)
-    ]
-    assert len(cells) > 10
-    for cell in cells:
+    cells = [line.split(" | ")[0].strip("| ") for line in tables]
+    shown = [cell for cell in cells if cell not in ("---", "it says", "what it says")]
+    assert len(shown) > 10
+    for cell in shown:
         for part in re.split(r"'?\.\.\.'?|, |[()]", cell):
             assert part.strip() in source, cell
 
