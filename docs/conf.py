@@ -20,9 +20,8 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
-    "commands",  # this and what follows is in _ext
+    "commands",
     "signatures",
-    "mathml",
 ]
 exclude_patterns = ["_build", "_ext"]
 smartquotes = False  # options begin with two hyphens
@@ -46,6 +45,7 @@ autodoc_default_options = {"members": True, "exclude-members": "model_config, mo
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 
+extensions += ["mathml"]  # as the two before it in _ext
 html_math_renderer = "mathml"
 html_show_copyright = False
 html_theme = "furo"

@@ -14,7 +14,7 @@ import pytest
 import torch
 import zoo_table
 from accuracy_at_size import read
-from pages import ROOT, Block, blocks, check_command, commands, pages, run_python
+from doc_blocks import ROOT, Block, blocks, check_command, commands, pages, run_python
 from PIL import Image
 
 import tncompress as tnc
