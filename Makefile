@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all bugs test-fast lint docs bench grid zoo accuracy recovery atlas deployment clean
+.PHONY: demo test test-all bugs test-fast lint docs linkcheck bench grid zoo accuracy recovery atlas deployment clean
 
 demo: $(VENV)/.base
 	$(BIN)/tncompress demo --overwrite $(ARGS)
@@ -29,7 +29,10 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy tncompress
 
 docs: $(VENV)/.docs
-	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html $(ARGS)
+
+linkcheck: $(VENV)/.docs
+	$(BIN)/sphinx-build --keep-going -b linkcheck docs docs/_build/linkcheck $(ARGS)
 
 bench: $(VENV)/.base
 	$(BIN)/python examples/benchmarks/layers_speed.py layers
