@@ -1,4 +1,4 @@
-"""Signatures as a reader wants them: settings with their defaults, not with the machinery that checks them."""
+"""Signatures as a reader wants them: settings with their defaults, without what checks them."""
 
 from pydantic import BaseModel
 

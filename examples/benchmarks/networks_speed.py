@@ -2,14 +2,16 @@
 
     python examples/benchmarks/networks_speed.py one --network vgg16 --cut 3.65
     python examples/benchmarks/networks_speed.py one --network resnet50 --cut 3.4 --batch 1 --advised
+    python examples/benchmarks/networks_speed.py one --network vgg16 --cut 3.65 --format auto --latency 0.3
     python examples/benchmarks/networks_speed.py every        # all of torchvision: never slower than dense
     python examples/benchmarks/layers_speed.py page
 
 Rows are appended to docs/benchmarks.jsonl. Dense variants are torch's model as it is, with channels_last,
 frozen by `tnc.freeze`, and compiled by `torch.compile` with inductor's freezing; all of them, and the
 compressed model as it is, frozen and compiled, take turns in one process. Weights are random with seed 0, as
-torchvision initialises them: speed does not depend on them. `--advised` begins again with the settings of
-the allocator and of OpenMP that the documentation advises.
+torchvision initialises them: speed does not depend on them. `--latency` puts a budget on the convolutions'
+time by the model of the machine, too. `--advised` begins again with the settings of the allocator and of
+OpenMP that the documentation advises.
 """
 
 import argparse
@@ -36,9 +38,12 @@ LARGEST, ODD = 100e6, ("inception_v3", "maxvit_t")
 """Networks of more parameters are left out of ``every``; the odd ones want images of their own size."""
 
 
-def compressed_to(model, format, cut, x):
+def compressed_to(model, format, cut, latency, x):
     """Return ``model`` compressed under a budget of a ``cut``-th of its MACs, and the cut that it has."""
-    spec = {"default": {"format": format, "round_to": 16}, "budget": {"macs": 1 / cut}}
+    budget = {"macs": 1 / cut}
+    if latency is not None:
+        budget |= {"latency": latency, "latency_from": "model"}
+    spec = {"default": {"format": format, "round_to": 16}, "budget": budget}
     small = tnc.compress(model, spec, example_inputs=x[:1])
     return small, macs(model, x[:1]) / macs(small, x[:1])
 
@@ -77,7 +82,7 @@ def measure(network, options):
     torch.manual_seed(0)
     model = getattr(torchvision.models, network)(weights=None).eval().requires_grad_(False)
     x = torch.randn(options.batch, 3, options.side, options.side)
-    small, cut = compressed_to(model, options.format, options.cut, x)
+    small, cut = compressed_to(model, options.format, options.cut, options.latency, x)
     made = variants(model, small, x, options)
     runs = {name: (lambda m=m, given=given: m(given)) for name, (m, given) in made.items()}
     found = samples_by_name(runs, seconds=options.seconds)
@@ -85,7 +90,8 @@ def measure(network, options):
     return {
         "kind": "network",
         "network": network,
-        "format": options.format,
+        "format": options.format if options.latency is None else f"{options.format}, latency",
+        "latency": options.latency,
         "batch": options.batch,
         "side": options.side,
         "bf16": options.bf16,
@@ -160,6 +166,7 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--side", type=int, default=224, help="of the images")
     parser.add_argument("--cut", type=float, default=3.4, help="how many times fewer MACs")
+    parser.add_argument("--latency", type=float, help="at most this part of the convolutions' time, too")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each variant")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true", help="measure compiled variants, too: minutes")
