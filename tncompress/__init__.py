@@ -15,6 +15,7 @@ from tncompress.calibrate import Calibration, calibrate
 from tncompress.cost_model import choose_contractions_
 from tncompress.cuts import Cut
 from tncompress.cutting import AchievedCut, Truncation, truncate
+from tncompress.diagram import Diagram, diagram_svg, draw
 from tncompress.export import load, save
 from tncompress.finetune import FinetuneConfig, History, finetune, train_
 from tncompress.formats import CP, MPS, SVD, Format, Tucker, register_format
@@ -85,6 +86,7 @@ __all__ = [
     "Cut",
     "CutAtlas",
     "CutRow",
+    "Diagram",
     "Einsum",
     "Energy",
     "Entropy",
@@ -124,6 +126,8 @@ __all__ = [
     "checkpoint_activations_",
     "choose_contractions_",
     "compress",
+    "diagram_svg",
+    "draw",
     "evaluate",
     "export_aoti",
     "export_onnx",

@@ -44,14 +44,14 @@ def plot_spectra(atlas: CutAtlas, *, metric: str = "norm") -> Figure:
     Each line is a layer, coloured by depth. The range of the controls' lines is shaded.
     """
     rows = _rows(atlas, metric)
-    fig, panels = _grid(_cuts_of(rows), sharex=True)
+    fig, panels = _grid(cuts_of(rows), sharex=True)
     colours = _colours(atlas)
     for cut, ax in panels.items():
         for kind in (name for name in atlas.kernels if name != "trained"):
             _shade(ax, [row for row in rows if (row.cut, row.kernel) == (cut, kind)], kind)
         for row in rows:
             if row.cut == cut and row.kernel == "trained" and row.full > 1 and row.norm > 0:
-                x, y = _line(row)
+                x, y = line_of(row)
                 ax.plot(x, y, color=colours(row.depth), linewidth=1.1, alpha=0.9)
         ax.set(title=cut, yscale="log", xlim=(0, 1))
         lowest = min((y for line in ax.lines for y in np.asarray(line.get_ydata())), default=1e-2)
@@ -70,7 +70,7 @@ def plot_entropy(atlas: CutAtlas, *, metric: str = "norm") -> Figure:
     across a cut are not drawn.
     """
     rows = _rows(atlas, metric)
-    fig, panels = _grid(_cuts_of(rows), sharex=True)
+    fig, panels = _grid(cuts_of(rows), sharex=True)
     for cut, ax in panels.items():
         for kind in atlas.kernels:
             own = [row for row in rows if (row.cut, row.kernel) == (cut, kind) and row.full > 1]
@@ -106,7 +106,7 @@ def plot_heatmap(
     from matplotlib.figure import Figure
 
     rows = atlas.select(kernel=kernel, metric=metric)
-    layers, cuts = list(dict.fromkeys(row.layer for row in rows)), list(_cuts_of(rows))
+    layers, cuts = list(dict.fromkeys(row.layer for row in rows)), list(cuts_of(rows))
     values = np.full((len(layers), len(cuts)), np.nan)
     for row in rows:
         value = measured(row, measure)
@@ -137,7 +137,7 @@ def _rows(atlas: CutAtlas, metric: str) -> tuple[CutRow, ...]:
     return atlas.select(metric=metric)
 
 
-def _cuts_of(rows: Sequence[CutRow]) -> tuple[str, ...]:
+def cuts_of(rows: Sequence[CutRow]) -> tuple[str, ...]:
     """Return the cuts across which some kernel has more than rank 1, those of single legs first."""
     names = {row.cut for row in rows if row.full > 1} or {row.cut for row in rows}
     return tuple(sorted(names, key=cut_order))
@@ -169,11 +169,11 @@ def _label(panels: dict[str, Axes], x: str, y: str) -> None:
             ax.tick_params(labelbottom=True)
 
 
-def _line(row: CutRow) -> tuple[np.ndarray, np.ndarray]:
+def line_of(row: CutRow, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
     """Return what is drawn of a spectrum: at most so many points, without what is no more than rounding."""
     s = np.array(row.spectrum) / row.spectrum[0]
     places = (np.arange(row.full) + 0.5) / row.full
-    kept = np.unique(np.linspace(0, row.full - 1, min(row.full, MOST_POINTS)).round().astype(int))
+    kept = np.unique(np.linspace(0, row.full - 1, min(row.full, most)).round().astype(int))
     kept = kept[s[kept] > 1e-7]
     return places[kept], s[kept]
 
@@ -181,7 +181,7 @@ def _line(row: CutRow) -> tuple[np.ndarray, np.ndarray]:
 def _shade(ax: Axes, rows: Sequence[CutRow], kind: str) -> None:
     """Shade between the lowest and the highest line of a control."""
     at = np.linspace(0, 1, 101)
-    lines = [np.interp(at, *_line(row)) for row in rows if row.full > 1 and row.norm > 0]
+    lines = [np.interp(at, *line_of(row)) for row in rows if row.full > 1 and row.norm > 0]
     if lines:
         look: dict[str, Any] = {"color": LOOKS[kind]["color"], "linewidth": 0.8}
         ax.fill_between(at, np.min(lines, 0), np.max(lines, 0), alpha=0.18, **look)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -101,5 +102,8 @@ for step in STEPS:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; letters that the output can't show become question marks, not errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     app()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +19,9 @@ from tncompress.calibrate import Calibration
 from tncompress.data import NAMES, DataSet, load_data
 from tncompress.discovery import find_layers
 from tncompress.export import load, read_manifest
+from tncompress.narrow import fitted
 from tncompress.responses import Sensitivity
+from tncompress.tables import render
 from tncompress.weights import load_weights
 from tncompress.zoo import build_model
 
@@ -75,24 +78,34 @@ DenseOption = Annotated[
     typer.Option("--weights", help="The dense model's weights; default: those given to compress."),
 ]
 
+PIPE_WIDTH = 160
+"""Of tables that go to a file or a pipe."""
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, MemoryError)
 
 
 def say(words: str) -> None:
     """Print a line of progress on standard error."""
-    Console(stderr=True, highlight=False).print(words, soft_wrap=True)
+    Console(stderr=True, highlight=False).print(words, soft_wrap=True, markup=False)
 
 
 def show(value: Any, *, as_json: bool) -> None:
-    """Print a result on standard output: as JSON, or as its table."""
+    """Print a result on standard output: as JSON, or as its table, plain where that is no terminal.
+
+    Tables are as wide as the terminal, or as ``COLUMNS`` says; lines of words are left to the terminal.
+    """
     if as_json:
         sys.stdout.write(json.dumps(value.to_dict() if hasattr(value, "to_dict") else value, indent=1) + "\n")
         return
     if isinstance(value, dict):
         value = "\n".join(f"{name.replace('_', ' ')}: {_plain(entry)}" for name, entry in value.items())
     console = Console(highlight=False)
-    console = console if console.is_terminal else Console(width=160)
-    console.print(value, markup=False)
+    if isinstance(value, str):
+        console.print(value, markup=False, soft_wrap=True)
+    elif console.is_terminal:
+        console.print(fitted(value))
+    else:
+        width = console.width if os.environ.get("COLUMNS", "").isdigit() else PIPE_WIDTH
+        sys.stdout.write(render(value, width) + "\n")
 
 
 def _plain(entry: Any) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +15,11 @@ import tncompress as tnc
 from tncompress import cli_options as cli
 from tncompress.export import MANIFEST
 from tncompress.measure import evaluate as measure_accuracy
+from tncompress.recovery_record import read_recovery, recorded_steps
 from tncompress.storage import check_writable, new_file
+
+ERROR_IMAGES = 64
+"""On how many images the errors of layers' outputs are measured for a report."""
 
 
 class Solved(StrEnum):
@@ -75,7 +82,8 @@ def repair(
         progress=not as_json,
     )
     after = measure_accuracy(mended, loaded.test_loader()).accuracy
-    tnc.save(mended.cpu(), out, **origin, overwrite=overwrite)
+    steps = recorded_steps(folder, ("truncated", before), ("repaired", after), len(loaded.test))
+    tnc.save(mended.cpu(), out, **origin, history={"steps": steps}, overwrite=overwrite)
     done = {"accuracy_before": before, "accuracy": after, "saved": str(out)}
     if as_json:
         done["repair"] = mended.tncompress_repair.to_dict()
@@ -93,27 +101,80 @@ def report(
     input_shape: cli.InputOption = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Batch size for cost and latency.")] = 1,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the report: .md or .json.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write it as one page that works offline.")
+    ] = None,
+    spectra: Annotated[
+        bool | None,
+        typer.Option("--spectra/--no-spectra", help="Spectra of the dense kernels; default: with --html."),
+    ] = None,
     data_dir: cli.DataDirOption = None,
     device: cli.DeviceOption = "auto",
     as_json: cli.JsonOption = False,
     overwrite: cli.OverwriteOption = False,
     debug: cli.DebugOption = False,
 ) -> None:
-    """Put the dense and the compressed model side by side: accuracy, size, cost, latency, memory.
+    """Put the dense and the compressed model side by side: accuracy, size, cost, latency, memory, layers.
 
-    Example: `tncompress report tuned --data digits --batch 64`
+    Example: `tncompress report tuned --data digits --batch 64 --html report.html`
     """
     if out is not None and out.suffix not in (".md", ".json"):
         raise ValueError(f"--out is a file that ends in .md or .json, got {out}")
+    _check_html(html)
     images, where = cli.open_data(data, data_dir), cli.pick_device(device)
-    small, dense, _ = cli.open_folder(folder, model, weights, where, need_weights=data is not None)
+    small, dense, origin = cli.open_folder(folder, model, weights, where, need_weights=data is not None)
     example = cli.example_for(dense.cpu(), input_shape, images, batch)
     if example is None:
         raise ValueError("give the shape of an input with --input, such as 3x224x224, or --data")
-    test = images.test_loader() if images is not None else None
-    judge = (lambda m: measure_accuracy(m, test).accuracy) if test is not None else None
-    made = tnc.report(dense.to(where), small, example_inputs=example.to(where), evaluate=judge)
-    if out is not None:
-        with new_file(out, overwrite=overwrite) as fresh:
-            fresh.write_text(made.to_markdown() if out.suffix == ".md" else made.to_json())
+    trained = origin["dense_weights"] is not None and origin["dense_weights"].exists()
+    with ExitStack() as stack:
+        files = [
+            (path, stack.enter_context(new_file(path, overwrite=overwrite)) if path is not None else None)
+            for path in (out, html)
+        ]
+        taken = trained and (html is not None if spectra is None else spectra)
+        made = tnc.report(
+            dense.to(where),
+            small,
+            example_inputs=example.to(where),
+            evaluate=(lambda m: measure_accuracy(m, images.test_loader())) if images is not None else None,
+            batches=images.calibration_loader(ERROR_IMAGES) if images is not None else None,
+            history=read_recovery(folder),
+            atlas=tnc.atlas(dense, progress=not as_json) if taken else None,
+            source=origin["source"],
+        )
+        made = _without_errors(made, kernels=not trained, outputs=not trained or images is None)
+        for path, fresh in files:
+            if path is not None and fresh is not None:
+                fresh.write_text(
+                    _written(made, path, f"{folder.name}: dense and compressed"), encoding="utf-8"
+                )
     cli.show(made, as_json=as_json)
+    if not trained:
+        cli.say("the dense model's weights are not known (--weights): errors and spectra are left out")
+    for path in (out, html):
+        if path is not None:
+            cli.say(f"written: {path}")
+
+
+def _written(made: tnc.Report, path: Path, title: str) -> str:
+    """Return the report as the kind of text that the file's name ends in."""
+    if path.suffix == ".json":
+        return made.to_json()
+    return made.to_markdown() if path.suffix == ".md" else made.to_html(title)
+
+
+def _check_html(path: Path | None) -> None:
+    """Say now, not after the measurements, what the page lacks."""
+    if path is None:
+        return
+    if path.suffix not in (".html", ".htm"):
+        raise ValueError(f"--html is a file that ends in .html, got {path}")
+    if find_spec("plotly") is None:
+        raise ValueError("--html needs plotly, which is not there: pip install tncompress[report]")
+
+
+def _without_errors(made: tnc.Report, *, kernels: bool, outputs: bool) -> tnc.Report:
+    """Leave out what was measured against weights, or on inputs, that are not the real ones."""
+    blank: Any = {name: None for name, out in (("kernel_error", kernels), ("output_error", outputs)) if out}
+    return replace(made, layers=tuple(replace(layer, **blank) for layer in made.layers))

@@ -18,6 +18,7 @@ from tncompress.checkpoint import remove_checkpoints
 from tncompress.export import MANIFEST
 from tncompress.finetune import FinetuneConfig, train_
 from tncompress.measure import evaluate as measure_accuracy
+from tncompress.recovery_record import recorded_steps
 from tncompress.spec import read_settings
 from tncompress.storage import check_writable, new_file
 from tncompress.weights import save_weights
@@ -145,7 +146,9 @@ def finetune(
             history.plot().savefig(files[curve])
         if table in files:
             history.save(files[table], overwrite=True)
-        tnc.save(history.model.cpu(), out, **origin, history=history.to_dict(), overwrite=overwrite)
+        start, end = ("before tuning", history.accuracy_start), ("tuned", history.accuracy)
+        about = history.to_dict() | {"steps": recorded_steps(folder, start, end, len(images.test))}
+        tnc.save(history.model.cpu(), out, **origin, history=about, overwrite=overwrite)
     if checkpoint is None:
         remove_checkpoints(place)
     cli.show(history, as_json=as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import weakref
 from collections.abc import Iterable, Sequence
@@ -54,6 +55,21 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
     if samples == 0:
         raise ValueError("wanted labelled batches to evaluate on, got none")
     return Evaluation(correct / samples, loss / samples, samples)
+
+
+def accuracy_interval(accuracy: float, samples: int) -> tuple[float, float]:
+    """Return the ends of Wilson's 95 % interval of an accuracy measured on so many samples.
+
+    It is what the choice of the test images leaves open, not what another seed of the training would change.
+
+    >>> [round(end, 3) for end in accuracy_interval(0.9, 100)]
+    [0.826, 0.945]
+    """
+    z = 1.959964
+    middle = (accuracy + z * z / (2 * samples)) / (1 + z * z / samples)
+    spread = accuracy * (1 - accuracy) / samples + z * z / (4 * samples * samples)
+    half = z * math.sqrt(spread) / (1 + z * z / samples)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def recovery(accuracy: float, truncated: float, dense: float) -> float | None:

@@ -54,12 +54,14 @@ def percent(fraction: float | None, digits: int = 2) -> str:
 
 
 def render(renderable: Any, width: int = 140) -> str:
-    """Return a rich renderable as plain text."""
+    """Return a rich renderable as plain text; tables that would not fit become lists."""
     from rich.console import Console
+
+    from tncompress.narrow import fitted
 
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as captured:
-        console.print(renderable)
+        console.print(fitted(renderable))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
