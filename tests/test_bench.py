@@ -304,6 +304,10 @@ def test_a_saved_model_against_its_dense_one(run, saved):
     alone = json.loads(run(f"bench --model zoo:cnn4 {FEW} --ways eager --json").stdout)
     assert {t["model"] for t in alone["timings"]} == {"dense"}
     assert run(f"bench small {FEW} --out speed.md", code=1).stderr.count("\n") == 1
+    for verb in ("bench", "report"):  # weights that are named are never made up
+        assert (
+            "none.safetensors" in run(f"{verb} small --weights none.safetensors --input 1x8x8", code=1).stderr
+        )
 
 
 def test_calibrating_needs_no_model(run, tmp_path, monkeypatch):

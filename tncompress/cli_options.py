@@ -217,7 +217,11 @@ def example_for(model: nn.Module, shape: str | None, data: DataSet | None, batch
 def open_folder(
     folder: Path, model: str | None, weights: Path | None, device: torch.device, *, need_weights: bool = True
 ) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
-    """Return the compressed model of ``folder``, the dense one it is from, and what save records of it."""
+    """Return the compressed model of ``folder``, the dense one it is from, and what save records of it.
+
+    Without ``need_weights`` the dense model is random where its recorded weights are gone; weights that are
+    given are always read.
+    """
     small = load(folder, model).to(device)
     manifest = read_manifest(folder)
     source = {**(manifest["source"] or {}), **({"source": model} if model else {})}
@@ -226,7 +230,7 @@ def open_folder(
     if path is None and need_weights:
         raise ValueError(f"{folder} does not know the dense model's weights: give them with --weights")
     dense = build_model(**source).eval()
-    if path is not None and (need_weights or path.exists()):
+    if path is not None and (weights or need_weights or path.exists()):
         load_weights(dense, path)
     origin = {"source": source, "dense_weights": path, "input_shape": manifest.get("input_shape")}
     return small, dense.to(device), origin
