@@ -15,12 +15,20 @@ import tncompress  # noqa: E402
 
 project = "tncompress"
 release = version = tncompress.__version__
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton", "commands", "signatures"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "commands",
+    "signatures",
+]
 exclude_patterns = ["_build", "_ext"]
 smartquotes = False  # options begin with two hyphens
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+myst_update_mathjax = False
 
 # Tutorials are notebooks in Markdown. They run when they have changed; an error in a cell ends the build.
 nb_execution_mode = "cache"
@@ -37,6 +45,9 @@ autodoc_default_options = {"members": True, "exclude-members": "model_config, mo
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 
+extensions += ["mathml"]  # as the two before it in _ext
+html_math_renderer = "mathml"
+html_show_copyright = False
 html_theme = "furo"
 html_title = "tncompress"
 html_static_path = ["_static"]

@@ -1,6 +1,6 @@
-"""The picture on the documentation's first page: accuracy without training, by size, from docs/accuracy.jsonl.
+"""The pictures on the documentation's first page: accuracy without training, by size.
 
-    python examples/landing_picture.py           # writes docs/figures/landing-NETWORK-{light,dark}.svg
+    python examples/landing_picture.py     # docs/figures/landing-*.svg, from docs/accuracy.jsonl
 
 What a picture shows is in its metadata, too, as JSON; a test compares it with the rows.
 """
@@ -41,7 +41,7 @@ def mean(found: list[float]) -> float:
 
 
 def points(rows: list[dict], network: str) -> dict[str, list[float]]:
-    """Return the mean accuracy over the seeds at each of TIMES, for each line; and that of the dense network."""
+    """Return the mean accuracy over the seeds at each of TIMES, for each line, and the dense network's."""
     found = {"dense": [mean(accuracies(rows, network=network, step="dense"))]}
     for name, (format, step, *_) in LINES.items():
         key = {"network": network, "resource": "params", "format": format, "step": step}
@@ -67,7 +67,7 @@ def draw(shown: dict[str, list[float]], network: str, theme: str, path: Path) ->
 
     ink, faint = THEMES[theme]
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": network, "font.size": 11}):
-        figure = Figure(figsize=(5.2, 4.2), layout="constrained")
+        figure = Figure(figsize=(5.2, 4.8), layout="constrained")
         axes = figure.add_subplot()
         axes.axhline(shown["dense"][0], color=ink, linestyle="--", linewidth=1, label="dense")
         for name, (_, _, *colours) in LINES.items():
@@ -91,7 +91,7 @@ def draw(shown: dict[str, list[float]], network: str, theme: str, path: Path) ->
         axes.grid(color=faint, linewidth=0.6)
         for spine in axes.spines.values():
             spine.set_color(faint)
-        axes.legend(labelcolor=ink, frameon=False, fontsize=9, loc="lower left")
+        figure.legend(labelcolor=ink, frameon=False, fontsize=10, loc="outside lower center", ncols=2)
         about = {"Description": json.dumps({"network": network, "accuracy": shown}), "Date": None}
         figure.savefig(path, transparent=True, metadata=about)
 

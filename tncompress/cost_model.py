@@ -142,6 +142,12 @@ def choose_contractions_(
 
     Layers stay what they are and can be trained; see :meth:`TNConv.contract`. By ``"measurement"`` the
     promising ways are timed in turns; by ``"model"`` nothing is run but one forward pass for the shapes.
+
+    >>> import tncompress as tnc
+    >>> small = tnc.compress(tnc.build_model("zoo:cnn4"), {"default": {"rank": {"fixed": 8}}})
+    >>> small = tnc.choose_contractions_(small, torch.randn(1, 1, 28, 28), by="model")
+    >>> small.conv3.contraction in tnc.strategies.all_contractions(small.conv3.stages)
+    True
     """
     if by not in ("measurement", "model"):
         raise ValueError(f"contractions are chosen by 'measurement' or by 'model', got {by!r}")

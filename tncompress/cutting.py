@@ -80,7 +80,7 @@ class TruncatedLayer:
 class Truncation:
     """A dense model with truncated kernels, and what came of each layer.
 
-    ``rel_error`` is sqrt(sum |W - W'|^2 / sum |W|^2) over all truncated layers together. It prints as a
+    ``rel_error`` is ``sqrt(sum |W - W'|^2 / sum |W|^2)`` over all truncated layers together. It prints as a
     table.
     """
 

@@ -57,6 +57,14 @@ def save(
     ``history.json``; ``input_shape`` that of one input, such as ``(3, 224, 224)``, for later exports. The
     ``README.md`` is for people: what the model is, its sizes, what was measured. The folder appears whole or
     not at all; one that exists is refused, or replaced with ``overwrite`` if it holds a saved model.
+
+    >>> import tempfile, torch, tncompress as tnc
+    >>> dense, x = tnc.build_model("zoo:cnn4").eval(), torch.randn(1, 1, 28, 28)
+    >>> small = tnc.compress(dense, {"default": {"format": "svd", "rank": {"fixed": 8}}})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tnc.save(small, f"{folder}/small", source={"source": "zoo:cnn4"}, input_shape=(1, 28, 28))
+    ...     torch.equal(tnc.load(f"{folder}/small")(x), small(x)), tnc.read_saved(f"{folder}/small").model
+    (True, 'CNN4')
     """
     refuse_wrapped(small)
     layers = [layer for layer in find_layers(small) if isinstance(layer.module, TNConv)]

@@ -62,6 +62,17 @@ def finetune(
     and ``address`` share out the slices of local epochs: to processes of this machine, or to a Ray cluster,
     as in :func:`tncompress.workers.open_workers`; what is learned is the same, and a run may go on with
     another number of them.
+
+    An empty loader, ``local_epochs`` without a teacher, and a model with nothing to train are a
+    ``ValueError``; a loss that is not finite is a ``FloatingPointError``, which leaves the last checkpoint.
+
+    >>> import torch, tncompress as tnc
+    >>> dense = tnc.build_model("zoo:cnn4")
+    >>> small = tnc.compress(dense, {"default": {"format": "svd", "rank": {"fixed": 8}}})
+    >>> batches = [(torch.randn(8, 1, 28, 28), torch.arange(8))]
+    >>> history = tnc.finetune(small, batches, {"epochs": 2}, teacher=dense, val_loader=batches)
+    >>> len(history.epochs), len(history.control), 0 <= history.accuracy <= 1
+    (2, 2, True)
     """
     config, crew = FinetuneConfig.parse(config), Crew(workers, threads, address)
     crew.check(config, launched=launched())

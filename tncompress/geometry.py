@@ -24,6 +24,10 @@ class ConvGeometry:
     ``padding`` holds one ``(before, after)`` pair of pixels for each axis, so that ``"same"`` with an even
     kernel has a place; ``padding_mode`` is torch's (``zeros``, ``reflect``, ``replicate``, ``circular``).
     A ``transposed`` convolution takes its padding away from the output and adds ``output_padding``.
+
+    >>> geometry = ConvGeometry.of(nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2))
+    >>> geometry.kernel_shape, geometry.weight_shape, geometry.padding
+    ((4, 3, 3, 3), (8, 3, 3, 3), ((1, 1), (1, 1)))
     """
 
     in_channels: int

@@ -108,7 +108,9 @@ def calibrate_machine(
 
     With ``keep`` it is written to ``machines.json`` in the user's folder of caches, for this device, dtype
     and number of threads, and used from then on where contractions are chosen by the model, or shortlisted
-    by it before they are measured. It takes some seconds; a machine that does nothing else is best.
+    by it before they are measured. It takes some seconds; a machine that does nothing else is best. The
+    result prints its constants (:class:`Machine`) and its errors; a device that is neither a CPU nor CUDA
+    is a ``ValueError``.
     """
     device, load = torch.device(device), Load()
     if device.type not in LIMITS:

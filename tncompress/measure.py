@@ -30,7 +30,17 @@ class Evaluation:
 
 
 def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
-    """Return the accuracy and loss of ``model`` on the ``(inputs, labels)`` batches of ``loader``."""
+    """Return the accuracy and loss of ``model`` on the ``(inputs, labels)`` batches of ``loader``.
+
+    ``accuracy`` is top-1, a fraction from 0 to 1, ``loss`` the mean cross-entropy in nats, ``samples`` their
+    number. The model maps inputs to logits ``(samples, classes)``; it is run in eval mode on its own device.
+    No batch at all is a ``ValueError``.
+
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> _ = model.weight.data.copy_(torch.eye(2))
+    >>> evaluate(model, [(torch.tensor([[3.0, 1.0], [2.0, 0.0]]), torch.tensor([0, 1]))]).accuracy
+    0.5
+    """
     device = device_of(model)
     correct, loss, samples = 0, 0.0, 0
     with eval_mode(model):

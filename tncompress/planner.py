@@ -48,13 +48,22 @@ def make_plan(
     more of them than the dense one on these inputs then stays dense, too. A pattern that matches no layer,
     ranks that a kernel can't have, and NaN or infinity in a kernel are a ``ValueError`` that names the layer;
     so is a model inside of a wrapper (``torch.compile``, DDP). A model on the meta device can be planned with
-    the policies ``fixed`` and ``params_ratio``: ranks are then those of flat spectra, and errors unknown.
+    the policies ``fixed``, ``rank_fraction`` and ``params_ratio``: the last then goes by flat spectra, and
+    errors are unknown.
 
     With a budget in the spec, formats and ranks are chosen for all layers together, and the plan's ``budget``
     says how it is kept. What the choice loses is measured by ``sensitivity`` as the change of the network's
     output; without one by the errors of the layers' outputs, or of the kernels, added up. Batches as
     ``calibration`` are also used for a :func:`quick_sensitivity`. A budget on MACs or latency needs
     ``example_inputs``; one that can't be met is a ``ValueError``.
+
+    >>> import tncompress as tnc
+    >>> model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 4, 1))
+    >>> plan = tnc.make_plan(model, {"default": {"format": "tucker", "rank": {"fixed": [8, 16]}}})
+    >>> [(layer.name, layer.ranks, layer.params) for layer in plan.compressed]
+    [('2', (8, 16), 2432)]
+    >>> plan.skipped[0].reason
+    'the stem (first layer), kept dense by default'
     """
     spec = Spec.parse(spec)
     refuse_wrapped(model)

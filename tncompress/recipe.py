@@ -44,6 +44,12 @@ class FinetuneConfig(BaseModel):
     trained, which is often faster. A run ends early at ``target_recovery`` of the accuracy lost.
     Checkpoints are written at the end of each epoch, and in between after ``checkpoint_every`` steps or
     ``checkpoint_seconds``.
+
+    Wherever a config is wanted a mapping with these keys will do. An unknown key and a value out of bounds
+    are a ``ValueError``.
+
+    >>> FinetuneConfig(optimizer="adamw", epochs=5).lr, FinetuneConfig.parse({"epochs": 5}).lr
+    (0.001, 0.02)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

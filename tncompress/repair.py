@@ -61,6 +61,16 @@ def repair(
        made for a layer, and done on the dense model's inputs where it is not.
     3. ``batchnorm``: BatchNorm statistics are taken again (:func:`reestimate_batchnorm_`).
     4. ``classifier``: the last linear layer is solved for the dense model's outputs likewise.
+
+    Images that hold NaN or infinity, or that the model does not take, and a ``dense`` without the layers of
+    ``small`` are a ``ValueError``. Neither model is changed.
+
+    >>> import tncompress as tnc
+    >>> dense = tnc.build_model("zoo:cnn4").eval()
+    >>> small = tnc.compress(dense, {"default": {"format": "svd", "rank": {"fixed": 8}}})
+    >>> repaired = tnc.repair(small, dense, [torch.randn(16, 1, 28, 28)], least_squares="last")
+    >>> [step.name for step in repaired.tncompress_repair.steps]
+    ['least squares', 'BatchNorm', 'classifier']
     """
     if least_squares not in ("all", "last", False):
         raise ValueError(f"least_squares is 'all', 'last' or False, got {least_squares!r}")

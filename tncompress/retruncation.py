@@ -49,7 +49,7 @@ class RetruncatedLayer:
 class Retruncation:
     """A compressed model at smaller ranks, and what came of each of its layers. It prints as a table.
 
-    ``rel_error`` is sqrt(sum |W - W'|^2 / sum |W|^2) over all compressed layers that were asked for.
+    ``rel_error`` is ``sqrt(sum |W - W'|^2 / sum |W|^2)`` over all compressed layers that were asked for.
     """
 
     model: nn.Module

@@ -55,7 +55,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Return how far the network's output changes when each layer alone is truncated, by format and ratio.
 
-    The change is the squared relative error sum |y' - y|^2 / sum |y - mean(y)|^2 of the outputs on
+    The change is the squared relative error ``sum |y' - y|^2 / sum |y - mean(y)|^2`` of the outputs on
     ``batches``, at most ``images`` of them, centred over the images: what is the same in every output, such
     as a constant offset of the logits, is no signal. For outputs ``(images, classes)`` it is also the mean KL
     divergence of softmax(y') from softmax(y), and the change of accuracy where batches carry labels.
@@ -65,7 +65,14 @@ def sensitivity(
     :class:`Calibration`, or batches to make one of) layers are truncated as ``compress`` does it then, and
     losses are those of their outputs. ``cache`` is a file
     that keeps each row as soon as it is measured: a run that was killed goes on there, and rows of another
-    model, other images or another calibration are not taken. The model is not touched.
+    model, other images or another calibration are not taken. The model is not touched. No images at all are
+    a ``ValueError``.
+
+    >>> import torch, tncompress as tnc
+    >>> model, images = tnc.build_model("zoo:cnn4").eval(), [torch.randn(8, 1, 28, 28)]
+    >>> found = tnc.sensitivity(model, images, formats=["svd"], ratios=[0.5, 0.1])
+    >>> found.layers, found.predict("conv3", 0.2) <= found.predict("conv3", 0.4)
+    (('conv2', 'conv3', 'conv4'), True)
     """
     return _measured(
         model,

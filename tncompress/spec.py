@@ -51,7 +51,11 @@ class RankPolicy:
 
 @dataclass(frozen=True)
 class FixedRank(RankPolicy):
-    """These ranks, one for each bond of the format; a single number is every bond's, or what it can have."""
+    """These ranks, one for each bond of the format; a single number is every bond's, or what it can have.
+
+    Numbers below 1 and bare booleans are a ``ValueError``, as are, when a plan is made, ranks given one by
+    one that a kernel can't have.
+    """
 
     ranks: int | Sequence[int]
     tag: ClassVar[str] = "fixed"
@@ -66,7 +70,7 @@ class FixedRank(RankPolicy):
 
 @dataclass(frozen=True)
 class RankFraction(RankPolicy):
-    """At each bond this part of the largest rank that it can have, rounded up."""
+    """At each bond this part (above 0, at most 1) of the largest rank that it can have, rounded up."""
 
     fraction: int | float
     tag: ClassVar[str] = "rank_fraction"
@@ -85,7 +89,11 @@ class RankFraction(RankPolicy):
 
 @dataclass(frozen=True)
 class ParamsRatio(RankPolicy):
-    """The smallest error with at most ``ratio`` times the parameters of the dense kernel."""
+    """The smallest error with at most ``ratio`` (above 0, at most 1) times the parameters of the kernel.
+
+    Parameters are those of the layer's kernel and factors, without the bias. Error is that of the layer's
+    output where there is a calibration, else the relative Frobenius error of the kernel.
+    """
 
     ratio: float
     tag: ClassVar[str] = "params_ratio"
@@ -96,7 +104,13 @@ class ParamsRatio(RankPolicy):
 
 @dataclass(frozen=True)
 class Energy(RankPolicy):
-    """The fewest parameters that keep ``kept`` of the kernel's squared norm: rel_error**2 <= 1 - kept."""
+    """The fewest parameters that keep ``kept`` of the kernel's squared norm: rel_error**2 <= 1 - kept.
+
+    With a calibration the norm is that of the layer's output.
+
+    >>> Spec.parse({"default": {"format": "cp", "rank": {"energy": 0.99}}}).default.rank
+    Energy(kept=0.99)
+    """
 
     kept: float
     tag: ClassVar[str] = "energy"
@@ -107,7 +121,11 @@ class Energy(RankPolicy):
 
 @dataclass(frozen=True)
 class RelError(RankPolicy):
-    """The fewest parameters with a relative Frobenius error of the kernel of at most ``error``."""
+    """The fewest parameters with a relative Frobenius error of the kernel of at most ``error``.
+
+    It is kept for certain: with several bonds the root of the sum of what they discard stands for the
+    error, which is at most that. With a calibration the error is that of the layer's output, and is measured.
+    """
 
     error: float
     tag: ClassVar[str] = "rel_error"
@@ -240,7 +258,12 @@ class Rule(Settings):
     """Settings for the layers whose name matches ``pattern``.
 
     A pattern is a shell pattern on the module's dotted name (``layer[34].*``), or a regular expression that
-    is searched in it after ``re:``. What the rule leaves out it takes from the spec's default.
+    is searched in it after ``re:``. What the rule leaves out it takes from the spec's default. A pattern that
+    matches no layer is a ``ValueError`` when a plan is made.
+
+    >>> spec = Spec.parse({"rules": [{"pattern": "layer4.*", "rank": {"fixed": 8}}, {"pattern": "re:down"}]})
+    >>> spec.rule_for(["layer4.0.conv1"]).rank, spec.rule_for(["layer1.0.conv1"]).rank
+    (FixedRank(ranks=8), ParamsRatio(ratio=0.25))
     """
 
     pattern: str = Field(min_length=1)

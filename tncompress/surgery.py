@@ -180,7 +180,14 @@ def _build(layer: Layer, planned: LayerPlan, plan: Plan) -> tuple[LayerPlan, TNC
 def merge(model: M) -> M:
     """Return a copy of ``model`` with the dense layers that its tensor-network layers stand for.
 
-    Training mode, ``requires_grad`` and hooks of each layer are kept.
+    Training mode, ``requires_grad`` and hooks of each layer are kept. A single :class:`TNConv` and a wrapped
+    model are a ``ValueError``.
+
+    >>> import tncompress as tnc
+    >>> small = tnc.compress(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)), {"keep_dense": []})
+    >>> dense, x = tnc.merge(small), torch.randn(1, 8, 9, 9)
+    >>> type(small[1]).__name__, type(dense[1]).__name__, torch.allclose(dense(x), small(x), atol=1e-5)
+    ('TNConv', 'Conv2d', True)
     """
     if isinstance(model, TNConv):
         raise ValueError("merge wants a model that holds TNConv layers; of a single layer take to_dense()")

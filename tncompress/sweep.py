@@ -72,6 +72,13 @@ def sweep(
     read; results of another model or other images are not taken. ``workers``, ``threads`` and ``address``
     are those of :func:`tncompress.workers.open_workers`: processes of this machine, or a Ray cluster. Results
     do not depend on them if the number of threads is the same. The model is not touched.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())
+    >>> batches = [(torch.randn(6, 3, 5, 5), torch.arange(6) % 4)]
+    >>> found = sweep(model, batches, cuts=["out|rest"], fractions=[0.25, 0.5])
+    >>> [(row.label, row.ranks) for row in found.rows]
+    [('0', ((2,),)), ('0', ((4,),)), ('2', ((1,),)), ('2', ((2,),))]
     """
     refuse_wrapped(model)
     if any(parameter.is_meta for parameter in model.parameters()):

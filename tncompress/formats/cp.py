@@ -36,6 +36,9 @@ class CP(Format):
     It runs as 1x1, depthwise kh x 1, depthwise 1 x kw, 1x1; with ``merged`` the spatial legs are one and
     the two depthwise stages are one kh x kw stage. A kernel without spatial extent is a matrix: its best
     CP is its truncated SVD. At the maximal rank the fit is exact.
+
+    >>> CP().factor_shapes((64, 32, 3, 3), ranks=(40,))
+    ((40, 32), (40, 3), (40, 3), (64, 40))
     """
 
     merged: bool = False

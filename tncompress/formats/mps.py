@@ -16,6 +16,11 @@ class MPS(ChainFormat):
 
     The default runs as four convolutions: 1x1, kh x 1, 1 x kw, 1x1. Legs that a kernel does not have are
     passed over, so that one order serves 1d, 2d and linear layers; ``spatial`` stands for all of them.
+    Ranks are those of the bonds along the chain. The fit truncates from both ends (TT-SVD, Oseledets 2011)
+    and sweeps.
+
+    >>> MPS().max_ranks((64, 32, 3, 3)), MPS().factor_shapes((64, 32, 3, 3), ranks=(8, 12, 16))
+    ((32, 96, 64), ((8, 32), (12, 8, 3), (16, 12, 3), (64, 16)))
     """
 
     order: str = "in spatial out"

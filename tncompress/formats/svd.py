@@ -16,6 +16,9 @@ class SVD(ChainFormat):
 
     ``out|rest`` runs as a full-sized convolution to the bond and a 1x1 convolution from it, ``in|rest`` the
     other way round, ``out kw|in kh`` as a vertical and a horizontal convolution (Jaderberg et al. 2014).
+
+    >>> SVD().factor_shapes((64, 32, 3, 3), ranks=(16,))
+    ((16, 32, 3, 3), (64, 16))
     """
 
     cut: str = "out|rest"

@@ -39,6 +39,9 @@ class Tucker(Format):
     Ranks are those of ``in``, of the spatial legs (with ``"all"``), and of ``out``, in this order. With
     ``"channels"`` it runs as 1x1, kh x kw, 1x1 (Kim et al. 2016). A kernel without spatial extent is a
     matrix: it has one bond and no core.
+
+    >>> Tucker().factor_shapes((64, 32, 3, 3), ranks=(8, 16))
+    ((8, 32), (16, 8, 3, 3), (64, 16))
     """
 
     legs: str = "channels"

@@ -35,6 +35,12 @@ def to_tltorch(layer: TNConv, *, implementation: str = "factorized") -> Any:
     tltorch runs only while tensorly's backend is PyTorch, to which its first import switches every user of
     tensorly. Here the backend is put back: call ``tensorly.set_backend("pytorch")`` before you run the
     result, which takes inputs with a batch axis only.
+
+    >>> import tncompress as tnc
+    >>> layer = TNConv.from_dense(nn.Conv2d(8, 16, 3), tnc.Tucker(), ranks=(4, 6))
+    >>> theirs = tnc.to_tltorch(layer)
+    >>> torch.allclose(tnc.from_tltorch(theirs).weight, layer.weight, atol=1e-6)
+    True
     """
     network_of(layer)
     if reason := _inexpressible(layer.geometry):
