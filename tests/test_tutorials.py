@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from doc_blocks import blocks, check_command, commands
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
@@ -49,10 +51,24 @@ def test_a_tutorial_is_a_notebook(page):
     assert "name: python3" in front
     title, promise = body.strip().split("\n\n")[:2]
     assert title.startswith("# ")
-    assert promise.startswith("**At the end you ")
+    assert promise.startswith("**At the end you")
     for code in cells(page):
         compile(code, page.stem, "exec")
         assert not re.search(r"^\s*[%!]", code, re.MULTILINE), "cells are plain Python"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_code_outside_of_the_cells_is_no_python(page, tmp_path):
+    """Python stands in cells, which run; commands are parsed, settings are read."""
+    rest = tmp_path / page.name
+    rest.write_text(CELL.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
+    for block in blocks(rest):
+        if block.kind == "console":
+            for words in commands(block):
+                check_command(words)
+        else:
+            assert block.kind == "toml", f"a block of {block.kind or 'nothing'}: {block.text}"
+            assert tomllib.loads(block.text)
 
 
 @pytest.mark.slow
