@@ -128,8 +128,8 @@ def diagram_svg(
             canvas.circle(place, vertex, ", ".join(_label(leg, size) for leg in network[vertex]))
         else:
             canvas.dot(place)
-            if bond := graph.dots[vertex]:
-                canvas.text(_step(place, outward[vertex], 16.0), outward[vertex], _label(bond, size))
+            if shared := graph.dots[vertex]:
+                canvas.text(_step(place, outward[vertex], 16.0), outward[vertex], _label(shared, size))
     return canvas.svg(title, describe(network, shape, ranks))
 
 
