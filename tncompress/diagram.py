@@ -122,7 +122,8 @@ def diagram_svg(
     for ends, bond in graph.edges.items():
         _draw_edges(canvas, ends, bond, places, size, graph.factors)
     for vertex, legs in enumerate(graph.open):
-        _draw_open(canvas, legs, places[vertex], outward[vertex], size)
+        room = RADIUS if vertex < graph.factors else 0.0
+        _draw_open(canvas, legs, places[vertex], outward[vertex], size, room)
     for vertex, place in enumerate(places):
         if vertex < graph.factors:
             canvas.circle(place, vertex, ", ".join(_label(leg, size) for leg in network[vertex]))
@@ -280,13 +281,13 @@ def _side(middle: Point, along: float, others: Sequence[Point]) -> float:
 
 
 def _draw_open(
-    canvas: _Canvas, legs: Sequence[str], place: Point, outward: float, size: Mapping[str, int]
+    canvas: _Canvas, legs: Sequence[str], place: Point, outward: float, size: Mapping[str, int], room: float
 ) -> None:
-    """Draw the kernel's legs of one factor, spread around the way outward, from left to right below it."""
+    """Draw the kernel's legs of one vertex, spread around the way outward, from left to right below it."""
     for number, leg in enumerate(legs):
         turn = outward + _spread(len(legs)) * (0.5 - number / max(1, len(legs) - 1))
         end = _step(place, turn, RADIUS + LEG)
-        canvas.line(_step(place, turn, RADIUS), end, _width(leg, size))
+        canvas.line(_step(place, turn, room), end, _width(leg, size))
         canvas.text(_step(end, turn, 11.0), turn, _label(leg, size))
 
 
