@@ -10,6 +10,7 @@ sys.path.insert(0, str(HERE.parent))  # the library of this tree, whichever is i
 os.environ["PYTHONPATH"] = os.pathsep.join(  # and in the kernels that run the tutorials
     [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, in notebooks without widgets
 
 import tncompress  # noqa: E402
 

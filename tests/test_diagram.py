@@ -27,8 +27,10 @@ DANGLING = (("in", "r0"), ("out", "kh", "kw", "r0", "r1"))
 BOTH = (("in", "r0", "r1"), ("kh", "r0"), ("kw", "r0", "r1"), ("out", "r1"))
 WIDE = tuple((*(("out", "in", "kh", "kw")[i : i + 1]), f"r{i}", f"r{(i + 1) % 9}") for i in range(9))
 
+SHARED = (("in", "r0", "kh", "kw"), ("out", "in", "r0"))
+
 OWN = {"tree": (TREE, 5), "double": (DOUBLE, 2), "traced": (TRACED, 1), "apart": (APART, 0)}
-OWN |= {"dangling": (DANGLING, 2), "two dots": (BOTH, 2), "long ring": (WIDE, 9)}
+OWN |= {"dangling": (DANGLING, 2), "two dots": (BOTH, 2), "long ring": (WIDE, 9), "shared leg": (SHARED, 1)}
 
 
 @pytest.fixture
@@ -85,10 +87,11 @@ def every_index_ends_where_it_should(svg, network, legs):
     """Count lines: one for each kernel leg, for each bond of two factors, from each factor to a dot."""
     ends = Counter(leg for factor in network for leg in factor)
     twice = {leg for factor in network for leg, n in Counter(factor).items() if n > 1}
-    plain = [leg for leg in ends if leg in legs or (ends[leg] == 2 and leg not in twice)]
-    dotted = {leg: n for leg, n in ends.items() if leg not in plain}
+    plain = [leg for leg in ends if ends[leg] == (1 if leg in legs else 2) and leg not in twice]
+    dotted = [leg for leg in ends if leg not in plain]
     lines = list(parse(svg).iter(f"{NAMESPACE}path"))
     joined = sum(len({i for i, factor in enumerate(network) if leg in factor}) for leg in dotted)
+    joined += sum(leg in legs for leg in dotted)
     assert len(lines) == len(plain) + joined
     small = [c for c in parse(svg).iter(f"{NAMESPACE}circle") if float(c.get("r")) < 5]
     assert len(small) == len(dotted)

@@ -2,7 +2,7 @@
 
 Networks are drawn from what :meth:`tncompress.Format.network` declares, so that a format of your own is
 drawn like the built-in ones: a chain in a row, a star (Tucker on all legs, CP) below its hub, anything else
-(a ring) around a circle. An index that more than two factors share, as CP's, is a dot that joins them all.
+(a ring) around a circle. An index that more than two tensors share, as CP's, is a dot that joins them all.
 """
 
 from __future__ import annotations
@@ -122,15 +122,15 @@ def diagram_svg(
     for ends, bond in graph.edges.items():
         _draw_edges(canvas, ends, bond, places, size, graph.factors)
     for vertex, legs in enumerate(graph.open):
-        _draw_open(canvas, legs, places[vertex], outward[vertex], size)
+        room = RADIUS if vertex < graph.factors else 0.0
+        _draw_open(canvas, legs, places[vertex], outward[vertex], size, room)
     for vertex, place in enumerate(places):
         if vertex < graph.factors:
             canvas.circle(place, vertex, ", ".join(_label(leg, size) for leg in network[vertex]))
         else:
             canvas.dot(place)
-            canvas.text(
-                _step(place, outward[vertex], 16.0), outward[vertex], _label(graph.dots[vertex], size)
-            )
+            if shared := graph.dots[vertex]:
+                canvas.text(_step(place, outward[vertex], 16.0), outward[vertex], _label(shared, size))
     return canvas.svg(title, describe(network, shape, ranks))
 
 
@@ -139,7 +139,7 @@ def diagram_svg(
 
 @dataclass(frozen=True)
 class _Graph:
-    """Vertices are the factors, then a dot for each bond that does not join just two of them."""
+    """Vertices are the factors, then a dot for each index that more of them share than a line can join."""
 
     factors: int
     open: tuple[tuple[str, ...], ...]
@@ -151,19 +151,21 @@ class _Graph:
         ends: dict[str, list[int]] = {}
         for number, factor in enumerate(network):
             for leg in factor:
-                if leg not in legs:
-                    ends.setdefault(leg, []).append(number)
+                ends.setdefault(leg, []).append(number)
         edges: dict[tuple[int, int], tuple[str, ...]] = {}
         dots: dict[int, str] = {}
-        for bond, (first, *others) in ends.items():
-            if len(others) == 1 and others[0] != first:
-                edges[first, others[0]] = (*edges.get((first, others[0]), ()), bond)
-                continue
-            dot = len(network) + len(dots)
-            dots[dot] = bond
-            edges |= {(factor, dot): ("",) for factor in (first, *others)}
-        held = tuple(tuple(leg for leg in factor if leg in legs) for factor in network)
-        return cls(len(network), held + ((),) * len(dots), edges, dots)
+        held: list[tuple[str, ...]] = [()] * len(network)
+        for leg, (first, *others) in ends.items():
+            if leg in legs and not others:
+                held[first] += (leg,)
+            elif leg not in legs and len(others) == 1 and others[0] != first:
+                edges[first, others[0]] = (*edges.get((first, others[0]), ()), leg)
+            else:
+                dot = len(held)
+                dots[dot] = "" if leg in legs else leg  # an open line says its own name
+                held.append((leg,) if leg in legs else ())
+                edges |= {(factor, dot): ("",) for factor in (first, *others)}
+        return cls(len(network), tuple(held), edges, dots)
 
     def neighbours(self, vertex: int) -> list[int]:
         """Return the vertices that one is joined to, in the order of the declaration."""
@@ -279,13 +281,13 @@ def _side(middle: Point, along: float, others: Sequence[Point]) -> float:
 
 
 def _draw_open(
-    canvas: _Canvas, legs: Sequence[str], place: Point, outward: float, size: Mapping[str, int]
+    canvas: _Canvas, legs: Sequence[str], place: Point, outward: float, size: Mapping[str, int], room: float
 ) -> None:
-    """Draw the kernel's legs of one factor, spread around the way outward, from left to right below it."""
+    """Draw the kernel's legs of one vertex, spread around the way outward, from left to right below it."""
     for number, leg in enumerate(legs):
         turn = outward + _spread(len(legs)) * (0.5 - number / max(1, len(legs) - 1))
         end = _step(place, turn, RADIUS + LEG)
-        canvas.line(_step(place, turn, RADIUS), end, _width(leg, size))
+        canvas.line(_step(place, turn, room), end, _width(leg, size))
         canvas.text(_step(end, turn, 11.0), turn, _label(leg, size))
 
 
