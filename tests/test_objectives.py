@@ -182,7 +182,8 @@ def test_local_epochs_bring_the_slices_closer_without_labels(pair):
     assert history.local[0].train_accuracy is None
     factors = {n for n in before if ".factors." in n or n.rpartition(".")[0] in find_slices(small)}
     for name, value in history.model.state_dict().items():
-        assert torch.equal(value, before[name]) is (name not in factors), name
+        if ".norm." not in name or name.endswith(("weight", "bias")):  # statistics are taken again
+            assert torch.equal(value, before[name]) is (name not in factors), name
     assert all(p.requires_grad for p in history.model.parameters())
     assert all(torch.equal(t, before[n]) for n, t in small.state_dict().items())
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import tncompress as tnc
+from tncompress.batchnorm import reestimate_batchnorm_
 from tncompress.slices import find_slices
 
 CONFIG = {"epochs": 1, "local_epochs": 2, "balance": True, "checkpoint_every": 1, "accumulate": 2}
@@ -85,6 +86,25 @@ def test_two_workers_learn_what_one_process_does(tmp_path):
     assert whole.local[1].loss < whole.local[0].loss
 
 
+def test_the_end_has_statistics_of_its_own_and_accuracies_are_of_what_it_would_be():
+    """Whatever the statistics before: a repaired network's are not those of slices like the teacher's."""
+    config = CONFIG | {"epochs": 0, "balance": False}
+    small = compressed()
+    small[5].running_mean.fill_(3.0)
+    small[5].running_var.fill_(0.01)
+    found = tnc.finetune(small, batches(), config, teacher=net(), val_loader=batches(), control=False)
+    model = found.model
+    assert found.local[-1].accuracy == tnc.evaluate(model, batches()).accuracy
+    taken = [model[5].running_mean.clone(), model[5].running_var.clone()]
+    reestimate_batchnorm_(model, batches())
+    assert_close(taken, [model[5].running_mean, model[5].running_var])
+    once = tnc.finetune(
+        small, batches(), config | {"local_epochs": 1}, teacher=net(), val_loader=batches(), control=False
+    )
+    assert once.local[0].accuracy == found.local[0].accuracy
+    assert [e.loss for e in once.local] == [e.loss for e in found.local[:1]]
+
+
 @pytest.mark.slow
 @pytest.mark.forks
 def test_a_killed_run_goes_on_with_any_number_of_workers(tmp_path):
@@ -94,7 +114,8 @@ def test_a_killed_run_goes_on_with_any_number_of_workers(tmp_path):
     assert was_killed(in_a_fork(lambda: run(tmp_path / "a", val=third_pass, workers=2)))
     assert (tmp_path / "a" / "local" / "checkpoint.json").is_file()
     same(whole, run(tmp_path / "a"))
-    assert was_killed(in_a_fork(lambda: run(tmp_path / "b", FatalAt(batches(), 2, 4))))
+    second_epoch = FatalAt(batches(), 3, 4)  # after those of the first, and of its BatchNorm statistics
+    assert was_killed(in_a_fork(lambda: run(tmp_path / "b", second_epoch)))
     same(whole, run(tmp_path / "b", workers=2))
     again = Untouched(batches())  # a finished run is read: not one batch is asked for, or sent
     same(whole, tnc.finetune(

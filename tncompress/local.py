@@ -3,6 +3,9 @@
 Slices know nothing of each other, so that workers may train some each. They do so for one epoch at a time
 and send back what they learned: accuracies, checkpoints and the end of the run are then those of one
 process, and a run goes on with any number of workers.
+
+What slices put out for the teacher's inputs tells BatchNorm layers behind them nothing of the network's own:
+their statistics are taken again at the end, and for every accuracy on the way.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from tncompress.batches import split_batch
+from tncompress.batchnorm import reestimate_batchnorm_
 from tncompress.checkpoint import Checkpoint
 from tncompress.engine import accelerated
 from tncompress.jobs import Run
-from tncompress.randomness import kept_randomness
+from tncompress.randomness import batches_of, kept_randomness
 from tncompress.recipe import FinetuneConfig
 from tncompress.running import copy_model
 from tncompress.slices import SliceDistillation, find_slices
@@ -31,6 +36,10 @@ from tncompress.workers import open_workers, threads_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+STATISTICS = 1024
+"""From how many images, or a few more, BatchNorm's statistics are taken."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ def train_slices(
         parts = stack.enter_context(_local(model, teacher, names, config.local_lr))
         if crew.alone:
             stack.enter_context(threads_of(crew.threads))
-            return Trainer(accelerator, *parts, kept, watch).run(loader, config.local_epochs, checkpoint)
+            return _Slices(accelerator, *parts, kept, watch).run(loader, config.local_epochs, checkpoint)
         crew.check_loader(loader)
 
         def opened() -> Run:  # once there is something to do
@@ -103,6 +112,44 @@ def train_slices(
         shared = _SharedSlices(accelerator, *parts, kept, watch)
         shared.names, shared.opened = names, opened
         return shared.run(loader, config.local_epochs, checkpoint)
+
+
+class _Slices(Trainer):
+    """The run of slices in this process, whose model has BatchNorm statistics of its own at the end."""
+
+    loader: Iterable[Any] = ()
+
+    def run(self, loader: Iterable[Any], epochs: int, checkpoint: Checkpoint | None = None) -> Position:
+        """Train as :meth:`Trainer.run` does; BatchNorm's statistics are taken again before the last write."""
+        self.loader = loader
+        return super().run(loader, epochs, checkpoint)
+
+    def _accuracy(self, val_loader: Iterable[Any]) -> float:
+        """Return the accuracy with statistics taken again; training goes on with the old ones."""
+        before = {name: value.clone() for name, value in self.model.named_buffers()}
+        try:
+            self._take_statistics()
+            return super()._accuracy(val_loader)
+        finally:
+            for name, value in self.model.named_buffers():
+                value.copy_(before[name])
+
+    def _write(self) -> None:
+        if self.at.finished:
+            self._take_statistics()
+        super()._write()
+
+    def _take_statistics(self) -> None:
+        reestimate_batchnorm_(self.model, self._first_images())
+
+    def _first_images(self) -> Iterator[Tensor]:
+        seen = 0
+        for batch in batches_of(self.loader, self.config.seed, 0):
+            x, _ = split_batch(batch)
+            yield x
+            seen += len(x)
+            if seen >= STATISTICS:
+                return
 
 
 def _of_slices(config: FinetuneConfig) -> FinetuneConfig:
@@ -227,7 +274,7 @@ def _trained(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Para
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) in inside}
 
 
-class _SharedSlices(Trainer):
+class _SharedSlices(_Slices):
     """The run whose slices workers train, an epoch at a time; all else is as where one process does."""
 
     names: Sequence[str]

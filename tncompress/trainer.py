@@ -104,13 +104,7 @@ class Trainer:
 
     def _end_epoch(self, epochs: int, spent: float, started: float) -> None:
         at, watch = self.at, self.watch
-        accuracy = None
-        if watch.val_loader is not None:
-            if self.average is not None:
-                self.average.swap_in()
-            accuracy = accuracy_of(self.accelerator, self.model, watch.val_loader)
-            if self.average is not None:
-                self.average.swap_out()
+        accuracy = self._accuracy(watch.val_loader) if watch.val_loader is not None else None
         seconds = spent + time.perf_counter() - started
         training = at.right / at.seen if at.right >= 0 else None
         at.epochs.append(Epoch(at.loss / at.seen, accuracy, seconds, training, at.rebalanced))
@@ -123,6 +117,15 @@ class Trainer:
             told = {"loss": at.epochs[-1].loss, "accuracy": accuracy, "recovery": back}
             watch.log(watch.label, {k: value for k, value in told.items() if value is not None}, at.updates)
         self._write()
+
+    def _accuracy(self, val_loader: Iterable[Any]) -> float:
+        """Return the accuracy of what the run would return if it ended now."""
+        if self.average is not None:
+            self.average.swap_in()
+        found = accuracy_of(self.accelerator, self.model, val_loader)
+        if self.average is not None:
+            self.average.swap_out()
+        return found
 
     def _batches(self, loader: Iterable[Any], count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         for number, batch in enumerate(batches_of(loader, self.config.seed, self.at.epoch)):
