@@ -85,7 +85,7 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     manifest = {
         "format_version": FORMAT_VERSION,
         **fields,
-        "versions": _versions(),
+        "versions": library_versions(),
         "weights": WEIGHTS,
         "bytes": weights.stat().st_size,
         "sha256": sha256_of(weights),
@@ -182,8 +182,8 @@ def _check_version(path: Path, found: Any) -> None:
     )
 
 
-def _versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that a saved model rests on, as far as known."""
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that a result rests on, as far as known."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import tncompress
 from tncompress.cut_atlas import CutAtlas
 from tncompress.history import History
 from tncompress.layer_figures import layer_figures
+from tncompress.manifest import library_versions
 from tncompress.measure import (
     Evaluation,
     Latency,
@@ -30,9 +30,6 @@ from tncompress.report_table import Figures, Report, milliseconds
 from tncompress.rounds import Progressive
 
 __all__ = ["Figures", "Report", "environment", "milliseconds", "report"]
-
-LIBRARIES = ("numpy", "safetensors")
-"""Whose versions a report tells, beside this library's, Python's and torch's."""
 
 
 def report(
@@ -102,19 +99,8 @@ def environment() -> dict[str, str | int]:
     return {
         "device": device,
         "threads": torch.get_num_threads(),
-        **versions(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **library_versions(),
+        "tncompress": tncompress.__version__,  # also run from a checkout
+        "torch": torch.__version__,  # with what it was built for
         "system": platform.system(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that are installed here, of those that a result rests on."""
-    found = {"tncompress": tncompress.__version__}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout
-            continue
-    return found
