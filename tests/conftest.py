@@ -97,6 +97,14 @@ def no_fitted_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "machines_file", lambda: tmp_path / "no-machines.json")
 
 
+@pytest.fixture(autouse=True)
+def _tensorly_on_numpy():
+    """Put back the backend of tensorly, which the first import of tltorch in a test switches for everybody."""
+    yield
+    if "tensorly" in sys.modules:
+        sys.modules["tensorly"].set_backend("numpy")
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """Signatures as users have them, unchecked: for errors of our own on a wrong type, and for compilers."""

@@ -11,7 +11,6 @@ from pathlib import Path
 import geometry_grid
 import landing_picture
 import pytest
-import tensorly
 import torch
 import zoo_table
 from accuracy_at_size import read
@@ -26,14 +25,6 @@ from tncompress.zoo import CNN4
 DOCS = ROOT / "docs"
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 WITH_PYTHON = [name for name, page in PAGES.items() if any(b.kind == "python" for b in blocks(page))]
-
-
-@pytest.fixture(autouse=True)
-def _tensorly_as_it_was():
-    """Put back the backend of tensorly, which the first import of tltorch switches for everybody."""
-    before = tensorly.get_backend()
-    yield
-    tensorly.set_backend(before)
 
 
 # --- blocks of code -----------------------------------------------------------------------------------------

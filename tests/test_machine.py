@@ -189,7 +189,7 @@ def test_the_file_is_in_the_folder_of_caches(monkeypatch, tmp_path):
 
 
 def test_a_convolution_is_measured_as_frozen_layers_run_it():
-    slow = machine_fit.Setting(1, 24, 64, 64, (3, 3), depthwise=False)
+    slow = machine_fit.Setting(1, 56, 64, 64, (3, 3), depthwise=False)
     fast = machine_fit.Setting(1, 8, 16, 16, (1, 1), depthwise=False)
     thin = machine_fit.Setting(1, 8, 16, 16, (1, 3), depthwise=True)
     times = [machine_fit.measured(s, torch.device("cpu"), torch.float32) for s in (slow, fast, thin)]
