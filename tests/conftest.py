@@ -99,7 +99,7 @@ def no_fitted_machine(monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _tensorly_on_numpy():
-    """Put back the backend of tensorly, which the first import of tltorch in a test switches for everybody."""
+    """Put back tensorly's backend, which the first import of tltorch in a test switches for everybody."""
     yield
     if "tensorly" in sys.modules:
         sys.modules["tensorly"].set_backend("numpy")

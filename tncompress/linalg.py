@@ -108,8 +108,16 @@ def leading_vectors(matrix: Float[Tensor, "m n"], rank: int) -> Float[Tensor, "m
     gram = matrix @ matrix.mT if m <= n else matrix.mT @ matrix
     if m <= n:
         del matrix  # its memory is wanted for what follows
-        return torch.linalg.eigh(gram)[1][:, -rank:].flip(1)
-    return torch.linalg.qr(matrix @ torch.linalg.eigh(gram)[1][:, -rank:].flip(1)).Q
+        return _eigenvectors(gram)[:, -rank:].flip(1)
+    return torch.linalg.qr(matrix @ _eigenvectors(gram)[:, -rank:].flip(1)).Q
+
+
+def _eigenvectors(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Return the eigenvectors of a Gram matrix, of ascending values, on a CPU in the memory of the matrix."""
+    if gram.device.type != "cpu":
+        return torch.linalg.eigh(gram)[1]
+    over = gram.mT  # LAPACK's order of columns; the matrix is symmetric
+    return torch.linalg.eigh(over, out=(gram.new_empty(len(gram)), over))[1]
 
 
 def squared_norm(tensor: Tensor) -> float:

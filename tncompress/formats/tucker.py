@@ -196,12 +196,16 @@ def _improve(
     last = work.ndim - 1  # ``in`` goes there: the largest products then need no copies
     place = {mode: last if mode == IN else mode - (mode > IN) for mode in bases}
     small = {place[mode]: basis.float() for mode, basis in bases.items()}
-    moved, start = (tensor.movedim(IN, last).contiguous().float() for tensor in (work, core))
+    moved, start = (
+        tensor.movedim(IN, last).to(torch.float32, memory_format=torch.contiguous_format)
+        for tensor in (work, core)
+    )
     small = _swept(moved, start, small, total)[1]
+    del moved, start
     found = {mode: orthonormalised(small[place[mode]].to(work.dtype)) for mode in bases}
     swept = work
-    for mode, basis in found.items():
-        swept = _project(swept, mode, basis)
+    for mode in sorted(found):  # ``out`` first, for which nothing is copied
+        swept = _project(swept, mode, found[mode])
     return (swept, found) if squared_norm(swept) > kept else (core, bases)
 
 
