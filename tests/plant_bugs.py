@@ -65,6 +65,13 @@ BUGS = [
         f"{PLAN} tests/test_ranks.py {SURGERY}",
     ),
     Bug(
+        "a policy on the error met by the bound alone",
+        "ranks.py",
+        "share = min(1.0, fit.rel_error**2 / bound) if bound > 0 else 1.0",
+        "high = low if found else high",
+        "tests/test_ranks.py",
+    ),
+    Bug(
         "one name of a shared module left dense",
         "surgery.py",
         "for name in planned.names}",

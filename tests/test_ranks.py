@@ -8,7 +8,7 @@ from conftest import choose, every_format_and_shape, every_tree_and_shape
 
 from tncompress.cuts import effective_rank
 from tncompress.formats import CP, MPS, SVD, Tucker
-from tncompress.ranks import NoRanks
+from tncompress.ranks import NoRanks, RankPath
 from tncompress.spec import EVBMF, Energy, Entropy, FixedRank, ParamsRatio, RankFraction, RelError, Settings
 from tncompress.vbmf import evbmf_rank
 
@@ -81,6 +81,19 @@ def test_an_allowed_error_is_used_up(format, shape):
         if fewer != list(ranks):
             tails = [s[rank:].square().sum() for s, rank in zip(format.spectra(kernel), fewer, strict=True)]
             assert math.sqrt(sum(tails)) > allowed(policy) * float(kernel.norm())
+
+
+@every_tree_and_shape
+def test_an_allowed_error_takes_no_more_parameters_than_its_fits_need(format, shape):
+    kernel = fading(shape)
+    for policy in ERRORS:
+        settings = Settings(format=format, rank=policy)
+        ranks, _ = choose(kernel, settings, allow_larger=True)
+        most = 0.94 * format.num_params(shape, ranks)
+        for path in RankPath(kernel[None], settings).with_variants():
+            smaller = [path[i] for i in range(len(path)) if path.params(path[i]) < most]
+            if smaller:
+                assert format.fit(kernel, smaller[-1]).rel_error > allowed(policy)
 
 
 @every_format_and_shape

@@ -3,8 +3,9 @@
 Candidates lie on a path from the smallest ranks to the full ones. On it every bond discards about the same
 weight: a bound on the discarded weight is lowered step by step, and each bond takes the smallest rank that
 keeps it. Parameters grow along the path and the error falls, so a policy is met by bisection. The sum of
-the tails bounds the squared error, so a policy on the error is kept for certain. A format without spectra
-(CP, networks with loops) has its ranks themselves as the path, and is fitted where the error must be known.
+the tails bounds the squared error from above, the largest tail from below; between the two a few fits find
+where a policy on the error is met. A format without spectra (CP, networks with loops) has its ranks
+themselves as the path, and is fitted where the error must be known.
 
 With a metric, spectra are those of the whitened kernel, fits are made in the metric, and the error is that of
 the layer's output. The sum of the tails is then an estimate, and a policy on the error is met by fits.
@@ -47,6 +48,9 @@ RIDGE = 1e-2
 
 EXACT = 1e-12
 """A relative error that counts as none."""
+
+WORTH = 0.05
+"""The part of the parameters for which a policy on the error does not try once more."""
 
 SHORT = 9
 """The largest full rank of a bond that counts as short: 3x3 kernels and their like."""
@@ -276,24 +280,40 @@ class RankPath:
         return (self[index], fit(index)) if index < len(indices) else None
 
     def _first_bounded(self, indices: range, error: float) -> tuple[Ranks, Fit] | None:
-        """Return the first ranks whose tails keep to ``error``, tightened by what a short dtype adds."""
-        allowed = error**2
-        while allowed >= 0:
-            index = bisect_left(indices, True, key=lambda i: self.bound(self[i]) <= allowed)
-            if index == len(indices):
-                return None
+        """Return the first ranks whose fits keep to ``error``, but for :data:`WORTH` of their parameters.
+
+        Fits reach about the same share of the bound all along a path, so that few of them find the place.
+        """
+        low, high, share, found = 0, len(indices), 1.0, None
+        while low < high:
+            index = bisect_left(
+                indices, True, low, high, key=lambda i: share * self.bound(self[i]) <= error**2
+            )
+            index = min(index, high - 1)
+            if self.least(self[index]) > (1 + 1e-6) * error**2 + EXACT**2:
+                low = index + 1
+                continue
             fit = self.format.fit_groups(self.kernels, self[index])
-            excess = fit.rel_error**2 - error**2
-            if excess <= 1e-9 * error**2 + EXACT**2:
-                return self[index], fit
-            allowed -= max(1.1 * excess, 0.01 * error**2)
-        return None
+            if fit.rel_error**2 - error**2 <= 1e-9 * error**2 + EXACT**2:
+                found, worth = (self[index], fit), (1 - WORTH) * self.params(self[index])
+                high = bisect_right(indices, worth, low, index, key=lambda i: self.params(self[i]))
+            else:
+                low = index + 1
+            bound = self.bound(self[index])
+            share = min(1.0, fit.rel_error**2 / bound) if bound > 0 else 1.0
+        return found
 
     def bound(self, ranks: Ranks) -> float:
         """Return the sum of the discarded weights, relative: it bounds the squared error."""
         assert self.tails is not None
         total = self.tails[0][0] or 1.0
         return sum(tail[rank] for tail, rank in zip(self.tails, ranks, strict=True)) / total
+
+    def least(self, ranks: Ranks) -> float:
+        """Return the largest of the discarded weights, relative: no fit has a smaller squared error."""
+        assert self.tails is not None
+        total = self.tails[0][0] or 1.0
+        return max(tail[rank] for tail, rank in zip(self.tails, ranks, strict=True)) / total
 
     def _filled(self, ranks: Ranks, limit: int | float) -> Ranks:
         """Return ``ranks`` with single bonds raised, the most weight per parameter first, while it fits."""
