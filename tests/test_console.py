@@ -246,14 +246,14 @@ def test_a_terminal_keeps_no_bar_and_no_colour_where_that_is_not_wanted(folder, 
     command, count = runner("terminal")
     raw = in_a_terminal(command, columns=40, NO_COLOR="1", TERM="xterm")
     assert raw.count("@@@") == count
-    assert "error: " not in raw
+    assert "\nerror: " not in raw
     assert not re.search(r"\x1b\[[\d;]*\b(3[0-8]|4[0-8]|9[0-7])m", raw)  # colours
     assert raw.count("\x1b[?25l") == raw.count("\x1b[?25h")  # the cursor is there again
     assert "\x1b[2K" in raw  # there were bars, which were wiped out
     screen = seen(raw)
     assert not any("%" in line and ":" in line and "━" in line for line in screen)
     assert all(any(word in line for line in screen) for word in ("conv2", "tucker", "accuracy"))
-    assert max(len(line.rstrip()) for line in screen if set(line) & set("━┃│┏└")) <= 40
+    assert max((len(line.rstrip()) for line in screen if set(line) & set("━┃│┏└")), default=0) <= 40
     dumb = in_a_terminal([*command[:4], VERBS["plan"], VERBS["sensitivity"]], columns=40, TERM="dumb")
     assert "\x1b" not in dumb
 
@@ -268,8 +268,8 @@ def test_pipes_of_a_process_stay_free_of_litter(folder, monkeypatch):
     outs = dict(zip([*VERBS, "onnx"], done.stdout.split("@@@\n")[1:], strict=True))
     assert len(outs) == count
     assert not UNWANTED.search(done.stdout + done.stderr)
-    for word in ("error: ", "Warning", "Traceback", "it/s", "━━"):
-        assert word not in done.stderr
+    for words in ("^error: ", "Warning", "Traceback", "it/s", "━━"):
+        assert not re.search(words, done.stderr, re.MULTILINE), words
     for verb, out in outs.items():
         assert out.strip()
         if verb not in (*WORDS, "onnx"):
@@ -283,7 +283,7 @@ def in_a_terminal(command, *, columns, **variables):
         kept = {key: value for key, value in os.environ.items() if key not in ("CI", "NO_COLOR", "COLUMNS")}
         os.execve(command[0], command, kept | variables)
     ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    written, end = b"", time.monotonic() + 240
+    written, end = b"", time.monotonic() + 600
     while time.monotonic() < end:
         if select.select([terminal], [], [], 1)[0]:
             try:
