@@ -10,6 +10,7 @@ import torch
 import tncompress as tnc
 from tncompress.cli import app
 from tncompress.data import load_data
+from tncompress.recovery_record import Step, read_recovery
 from tncompress.trainer import Trainer
 
 SPEC = "version: 1\ndefault: {format: tucker, rank: {params_ratio: 0.25}}\n"
@@ -202,6 +203,27 @@ def test_progressive_goes_on_by_the_same_command(run, trained, monkeypatch):
     assert list(tnc.load(trained / "s").conv2.ranks) == layer["ranks"]
     (trained / "ranks.yaml").write_text("conv2: {fixed: 3}\n'conv[34]': {rank_fraction: 0.5}\n")
     assert "3 layers truncated again" in run("retruncate t --ranks ranks.yaml --out r").stdout
+
+
+def test_retruncate_carries_on_what_is_recorded(run, trained):
+    steps = [{"name": "truncated", "accuracy": 0.5, "images": 445}, {"name": "tuned", "accuracy": 0.75}]
+    origin = {"source": {"source": "zoo:cnn4", "in_channels": 1}, "input_shape": (1, 32, 32)}
+    tnc.save(tnc.load(trained / "small"), trained / "tuned", **origin, history={"steps": steps})
+    run("retruncate tuned --rank rank_fraction=0.5 --out plain")
+    assert read_recovery(trained / "plain") == read_recovery(trained / "tuned")
+    assert tnc.read_saved(trained / "plain").input_shape == (1, 32, 32)
+    line = "retruncate tuned --rank rank_fraction=0.5 --data digits --json --out measured"
+    found = json.loads(run(line).stdout)
+    *kept, last = read_recovery(trained / "measured").steps
+    assert tuple(kept) == read_recovery(trained / "tuned").steps
+    assert last == Step("truncated again", found["accuracy"], 445)
+    assert json.loads(run("evaluate measured --data digits --json").stdout)["accuracy"] == last.accuracy
+    shown = run("retruncate small --rank rank_fraction=0.5 --data digits --out first").stdout
+    assert "accuracy before: " in shown
+    named = [step.name for step in read_recovery(trained / "first").steps]
+    assert named == ["compressed", "truncated again"]
+    run("retruncate small --rank rank_fraction=0.5 --out bare")
+    assert not (trained / "bare" / "history.json").exists()
 
 
 def interrupted_at(number, ended):

@@ -20,6 +20,7 @@ from PIL import Image
 import tncompress as tnc
 import tncompress.data
 from tncompress.cli import app
+from tncompress.html_report import SECTIONS
 from tncompress.zoo import CNN4
 
 DOCS = ROOT / "docs"
@@ -138,6 +139,17 @@ def test_messages_on_a_page_are_those_of_the_code(page):
     for cell in shown:
         for part in re.split(r"'?\.\.\.'?|, |[()]", cell):
             assert part.strip() in source, cell
+
+
+def test_the_page_on_the_report_names_its_parts_and_what_it_says():
+    text = (DOCS / "howto" / "html-report.md").read_text()
+    for _, name in SECTIONS:
+        assert f"\n| {name}" in text
+    source = "".join(path.read_text() for path in (ROOT / "tncompress").glob("html_*.py"))
+    told = text.split("| it says |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(told) >= 4
+    for line in told:
+        assert line.split(" | ")[0].strip("| .") in source
 
 
 def test_specs_on_pages_can_be_read():

@@ -1,21 +1,162 @@
 """The scripts under examples/ on a small setting."""
 
 import json
+import re
+import runpy
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
 
 import accuracy_at_size
 import accuracy_page
 import benchmark_rows
 import benchmarks_page
+import budget_for_a_model
+import compress_on_photos
 import deployment
 import deployment_page
+import export_and_compare
 import finetune_recovery
+import frozen_beside_dense
 import geometry_grid
 import open_a_layer
 import pytest
 import recovery_page
 import torch
+import train_in_your_loop
+from few_images import few_digits
+from PIL import Image
 
 import tncompress as tnc
+from tncompress import data
+
+EXAMPLES = Path(deployment.__file__).parent
+SCRIPTS = {str(path.relative_to(EXAMPLES)): path.read_text() for path in sorted(EXAMPLES.rglob("*.py"))}
+MEASUREMENTS = (  # which write the pages of numbers, with what belongs to them
+    "accuracy_at_size.py",
+    "accuracy_page.py",
+    "atlas_speed.py",
+    "benchmarks/*",
+    "deployment.py",
+    "deployment_page.py",
+    "finetune_recovery.py",
+    "geometry_grid.py",
+    "landing_picture.py",
+    "paper/*",
+    "recovery_page.py",
+    "recovery_steps.py",
+    "zoo_table.py",
+)
+PACKAGES = ("own_format/*",)
+SHORT = [name for name in SCRIPTS if not any(fnmatch(name, kind) for kind in (*MEASUREMENTS, *PACKAGES))]
+
+
+# --- scripts to start from ----------------------------------------------------------------------------------
+
+
+def test_what_is_no_measurement_is_short_and_on_the_page_of_examples():
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text()
+    assert len(SHORT) >= 7
+    for name in SHORT:
+        assert len(SCRIPTS[name].splitlines()) <= 100, name
+        assert '__name__ == "__main__"' in SCRIPTS[name], name
+        assert re.search(rf"^    python examples/{name}", SCRIPTS[name], re.MULTILINE), name
+        assert f"{{download}}`{name} <../examples/{name}>`\n: " in page
+    for kind in (*MEASUREMENTS, *PACKAGES):
+        assert any(fnmatch(name, kind) for name in SCRIPTS), f"there is no {kind}"
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if '__name__ == "__main__"' in SCRIPTS[name]])
+def test_every_script_says_what_it_takes(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: ")
+    if name in SHORT:
+        assert SCRIPTS[name].split('"""')[1].splitlines()[0] in said
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setitem(data._IN_MEMORY, "digits", few_digits())
+
+
+@pytest.mark.parametrize("model", ["squeezenet1_1", "timm:test_resnet"])
+def test_a_model_under_a_budget(model, capsys):
+    few = ["--params", "0.6", "--macs", "0.9", "--format", "svd", "--side", "64"]
+    budget_for_a_model.main(["--model", model, *few])
+    said = capsys.readouterr().out
+    assert re.search(r": svd of ranks \d+, \d+% left", said)
+    assert "parameters: the stem (first layer), kept dense by default" in said
+    reached = {name: float(part) for name, part in re.findall(r"(params|macs) (\d\.\d+) of", said)}
+    assert reached["params"] <= 0.6
+    assert reached["macs"] <= 0.9
+
+
+TINY = """
+from torch import nn
+def tiny(num_classes):
+    body = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.BatchNorm2d(32), nn.ReLU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes))
+"""
+
+
+def test_photos_of_ones_own(tmp_path, capsys, quick_cp):
+    for split, count in (("train", 6), ("val", 3)):
+        for shade, kind in enumerate(("cat", "dog")):
+            folder = tmp_path / "photos" / split / kind
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (40, 30), (90 * shade, 20 * number, 99)).save(folder / f"{number}.png")
+    (tmp_path / "net.py").write_text(TINY)
+    model = tnc.build_model(f"{tmp_path}/net.py:tiny", num_classes=2)
+    tnc.save_weights(model, tmp_path / "dense.safetensors")
+    named = ["--model", f"{tmp_path}/net.py:tiny", "--weights", str(tmp_path / "dense.safetensors")]
+    few = ["--side", "16", "--images", "8", "--params", "0.6", "--macs", "0.8"]
+    compress_on_photos.main([str(tmp_path / "photos"), *named, *few, "--out", str(tmp_path / "small")])
+    said = capsys.readouterr().out
+    assert all(re.search(rf"^ *{name}: ", said, re.MULTILINE) for name in ("dense", "truncated", "repaired"))
+    assert said.count("of 6 images right") == 3
+    small = tnc.load(tmp_path / "small", model)
+    assert sum(p.numel() for p in small.parameters()) <= 0.6 * sum(p.numel() for p in model.parameters())
+
+
+def test_a_loop_of_ones_own(few, capsys):
+    train_in_your_loop.main(["--ratio", "0.1", "--epochs", "1", "--dense-epochs", "1"])
+    said = capsys.readouterr().out
+    assert "my loop, epoch 1: loss" in said
+    assert said.count("of 48 images right") == 4
+    dense = tnc.build_model("zoo:cnn4").eval()
+    small = tnc.compress(dense, {"default": {"format": "tucker", "rank": {"params_ratio": 0.1}}})
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    batches = [(torch.randn(8, 1, 16, 16), torch.arange(8))]
+    tuned = train_in_your_loop.my_loop(small, dense, batches, 2, 0.1)
+    assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items())
+    assert not any(torch.equal(p, before[name]) for name, p in tuned.conv2.named_parameters(prefix="conv2"))
+
+
+def test_frozen_beside_dense(capsys):
+    few = ["--input", "1x16x16", "--batch", "2", "--seconds", "0.01"]
+    frozen_beside_dense.main(["--model", "zoo:cnn4", *few])
+    said = capsys.readouterr().out
+    assert float(re.search(r"outputs off by (\S+)", said)[1]) < 1e-4
+    assert re.search(r"^  conv3: ", said, re.MULTILINE)
+    assert said.count("frozen") > said.count("eager") > 1
+
+
+@pytest.mark.slow
+def test_what_is_exported_gives_the_same_answers(few, tmp_path, capsys):
+    export_and_compare.main(["--out", str(tmp_path / "made"), "--epochs", "1"])
+    said = capsys.readouterr().out
+    assert [float(off) < 1e-4 for off in re.findall(r"off by (\S+),", said)] == [True] * 3
+    assert said.count("100.0% of the answers the same") == 3
+    sizes = {name: int(size) for name, size in re.findall(r"(\S+): +(\d+) kB", said)}
+    assert all(size < 0.6 * sizes["dense.safetensors"] for name, size in sizes.items() if "dense" not in name)
+
+
+# --- measurements -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", geometry_grid.cases(), ids=lambda case: case.name)

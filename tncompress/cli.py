@@ -22,6 +22,7 @@ from tncompress.tables import percent
 
 app = typer.Typer(
     name="tncompress",
+    cls=cli.Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

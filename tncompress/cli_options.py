@@ -6,7 +6,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import torch
 import typer
 from rich.console import Console
 from torch import Tensor, nn
+from typer.core import TyperGroup
 
 from tncompress.calibrate import Calibration
 from tncompress.data import NAMES, DataSet, load_data
@@ -135,6 +137,33 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(1) from None
 
     return run
+
+
+class Verbs(TyperGroup):
+    """The commands; an option that they do not know is told in one line, too, with exit code 2."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what stands before the verb."""
+        with _misuse_in_one_line():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse the rest, and run the verb."""
+        with _misuse_in_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _misuse_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
+            raise  # no misuse of options, or no error: the help is shown
+        words = " ".join(error.format_message().split()).rstrip(".")
+        where = getattr(getattr(error, "ctx", None), "command_path", "tncompress")
+        sys.stderr.write(f"error: {words} ({where} --help says what there is)\n")
+        raise typer.Exit(getattr(error, "exit_code", 2)) from None
 
 
 def pick_device(name: str) -> torch.device:

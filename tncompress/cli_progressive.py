@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import nn
 
 import tncompress as tnc
 from tncompress import cli_options as cli
 from tncompress.checkpoint import remove_checkpoints
 from tncompress.cli_train import CheckpointOption, ConfigOption, kept_place, training_settings
-from tncompress.export import MANIFEST
+from tncompress.data import DataSet
+from tncompress.export import MANIFEST, read_manifest
+from tncompress.measure import evaluate as measure_accuracy
+from tncompress.recovery_record import recorded_steps
 from tncompress.spec import make_policy, read_settings
 from tncompress.storage import check_writable
 
@@ -73,10 +77,8 @@ def progressive(
             progress=not as_json,
             checkpoint=place,
         )
-        about = made.to_dict()
-        tnc.save(
-            made.model.cpu(), out, source=source, dense_weights=weights, history=about, overwrite=overwrite
-        )
+        origin: Any = {"source": source, "dense_weights": weights, "input_shape": loaded.input_shape}
+        tnc.save(made.model.cpu(), out, **origin, history=made.to_dict(), overwrite=overwrite)
     if checkpoint is None:
         remove_checkpoints(place)
     cli.show(made, as_json=as_json)
@@ -100,11 +102,16 @@ def retruncate(
         list[str] | None, typer.Option("--layers", help="Names or patterns that --rank is for.")
     ] = None,
     model: cli.ModelForFolder = None,
+    data: cli.MaybeDataOption = None,
+    data_dir: cli.DataDirOption = None,
+    device: cli.DeviceOption = "auto",
     as_json: cli.JsonOption = False,
     overwrite: cli.OverwriteOption = False,
     debug: cli.DebugOption = False,
 ) -> None:
     """Lower the ranks of a compressed model, tuned or not; its factors are cut in canonical form.
+
+    With --data the accuracy before and after is measured, and recorded for `tncompress report`.
 
     Example: `tncompress retruncate tuned --rank rank_fraction=0.5 --out smaller`
     """
@@ -112,15 +119,27 @@ def retruncate(
     policy: Any = _policy(rank, ranks)
     if ranks is not None and layers:
         raise ValueError("--layers is for --rank: a file of --ranks names its own")
-    small = tnc.load(folder, model)
-    manifest = tnc.export.read_manifest(folder)
+    images, where = cli.open_data(data, data_dir), cli.pick_device(device)
+    small = tnc.load(folder, model).to(where)
     found = tnc.retruncate(small, policy, layers=layers or ("*",), progress=not as_json)
-    source = {**(manifest["source"] or {}), **({"source": model} if model else {})}
+    before, after = (_accuracy(each, images) for each in (small, found.model))
+    named = ("compressed", before), ("truncated again", after)
+    steps = recorded_steps(folder, *named, len(images.test) if images is not None else None)
+    manifest = read_manifest(folder)
+    origin: Any = {key: manifest.get(key) for key in ("dense_weights", "input_shape")}
+    origin["source"] = {**(manifest["source"] or {}), **({"source": model} if model else {})}
     tnc.save(
-        found.model, out, source=source, dense_weights=manifest.get("dense_weights"), overwrite=overwrite
+        found.model.cpu(), out, **origin, history={"steps": steps} if steps else None, overwrite=overwrite
     )
-    cli.show(found, as_json=as_json)
+    known = {"accuracy_before": before, "accuracy": after} if images is not None else {}
+    cli.show(found.to_dict() | known if as_json else found, as_json=as_json)
+    if known and not as_json:
+        cli.show(known, as_json=False)
     cli.say(f"saved in {out}")
+
+
+def _accuracy(model: nn.Module, images: DataSet | None) -> float | None:
+    return measure_accuracy(model, images.test_loader()).accuracy if images is not None else None
 
 
 def _policy(rank: str | None, ranks: Path | None) -> Any:

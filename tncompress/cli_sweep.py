@@ -90,9 +90,9 @@ def sweep(
         "held": held if training is not None else None,
         "seed": seed,
     }
-    _open_folder(out, asked, overwrite=overwrite)
     loaded = cli.load_data(data, data_dir=data_dir)
     dense, _ = cli.open_model(model, weights, loaded)
+    _open_folder(out, asked, overwrite=overwrite)
     test = Images.gather(loaded.test_loader(BATCH), torch.device("cpu"), test_images)
     with _going_on(out):
         made = tnc.sweep(

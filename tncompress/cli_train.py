@@ -48,7 +48,10 @@ def train(
     data: cli.DataOption,
     out: Annotated[Path, typer.Option("--out", help="The weights file, .safetensors.", show_default=False)],
     config: ConfigOption = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1)] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", min=1, help="Passes over the images, whatever --config says; default: 10."),
+    ] = None,
     data_dir: cli.DataDirOption = None,
     device: cli.DeviceOption = "auto",
     seed: cli.SeedOption = 0,
@@ -81,7 +84,12 @@ def finetune(
     data: cli.DataOption,
     out: cli.OutOption,
     config: ConfigOption = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=0)] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            "--epochs", min=0, help="Those of the whole network, whatever --config says; default: 3."
+        ),
+    ] = None,
     control: Annotated[bool, typer.Option(help="Train the dense model as long, for comparison.")] = True,
     checkpoint: CheckpointOption = None,
     curve: Annotated[

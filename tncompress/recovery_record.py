@@ -96,9 +96,12 @@ def read_recovery(folder: Path) -> Recovery:
 
 
 def recorded_steps(
-    folder: Path, before: tuple[str, float | None], after: tuple[str, float | None], images: int
+    folder: Path, before: tuple[str, float | None], after: tuple[str, float | None], images: int | None
 ) -> list[dict[str, Any]]:
-    """Return the steps that ``folder`` records, or that ``before`` in their place, and then ``after``."""
+    """Return the steps that ``folder`` records, or that ``before`` in their place, and then ``after``.
+
+    What was not measured, where the accuracy is None, is no step.
+    """
     kept: Sequence[Step] = read_recovery(folder).steps
     named = [before, after] if not kept else [after]
     fresh = (Step(name, accuracy, images) for name, accuracy in named if accuracy is not None)

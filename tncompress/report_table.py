@@ -154,6 +154,8 @@ class Report:
         """Return in words how the accuracy went; empty where that is not known."""
         dense = self.recovery.dense if self.dense.accuracy is None else self.dense.accuracy
         steps = [("dense", dense), *((step.name, step.accuracy) for step in self.recovery.steps)]
+        if self.compressed.accuracy not in (None, steps[-1][1]):
+            steps.append(("now", self.compressed.accuracy))
         words = " → ".join(f"{name} {percent(known)}" for name, known in steps if known is not None)
         return f"Accuracy: {words}" if self.recovery.steps else ""
 
