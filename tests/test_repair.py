@@ -153,6 +153,12 @@ def test_what_is_no_batch_says_what_is_wanted():
         next(inputs_of([torch.randn(2, 3, 8, 8).numpy()], net(True, True)))
 
 
+def test_models_the_wrong_way_round_are_an_error():
+    dense, small = pair()
+    with pytest.raises(ValueError, match="the compressed model comes first, got them swapped"):
+        tnc.repair(dense, small, images())
+
+
 def test_no_batches_are_an_error():
     dense, small = pair()
     with pytest.raises(ValueError, match="at least one batch"):
