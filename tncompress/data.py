@@ -375,9 +375,9 @@ def _own(name: str, made: Any) -> DataSet:
     item = train[0]
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise TypeError(f"{name} must return data sets of (image, label), got a {type(item).__name__}")
-    shape = tuple(_own_image(item[0]).shape)
+    channels, height, width = _own_image(item[0]).shape
     splits = (_InFolder(files, _own_image, _own_image) for files in (train, test))
-    return DataSet(name, classes, shape, *splits)
+    return DataSet(name, classes, (channels, height, width), *splits)
 
 
 def _own_image(image: Any) -> Float[Tensor, "c h w"]:
