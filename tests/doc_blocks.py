@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
         return
     if wanted := re.match(r"# (\w+\.py)\n", block.text):
         Path(wanted[1]).write_text(block.text)
+        sys.modules.pop(Path(wanted[1]).stem, None)  # another page's
     exec(compile("\n" * (block.line - 1) + block.text, ROOT / block.page, "exec"), names)
 
 

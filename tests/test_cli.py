@@ -264,12 +264,35 @@ def test_a_factory_in_a_file(run, trained):
     assert json.loads(made.stdout)["relative_difference"] < 1e-4
 
 
+IMAGES = """
+import torch
+from torch.utils.data import TensorDataset
+def splits():
+    made = [TensorDataset(torch.randn(n, 3, 16, 16), torch.arange(n) % 3) for n in (12, 6)]
+    return *made, 3
+"""
+
+
+def test_a_budget_without_a_spec_on_images_of_ones_own(run, trained):
+    (trained / "mine.py").write_text(FACTORY)
+    (trained / "own.py").write_text(IMAGES)
+    own = "--model mine.py:make --data own.py:splits"
+    run(f"compress {own} --budget params=0.7,macs=0.9 --calibrate 8 --out own")
+    plan = tnc.load(trained / "own", tnc.build_model(f"{trained}/mine.py:make")).tncompress_plan
+    assert plan.params <= 0.7 * plan.params_model
+    assert plan.spec.budget.asked == {"params": 0.7, "macs": 0.9}
+    assert json.loads(run(f"evaluate own {own} --json").stdout)["images"] == 6
+
+
 BASE = "plan --model zoo:cnn4"
 MISUSE = {
     "unknown format": (
         f"{BASE} --spec bad_format.yaml",
         "unknown format 'spline'; the formats are cp, mps, svd, tucker",
     ),
+    "spec and budget": (f"{BASE} --spec rank0.yaml --budget params=0.5", "--spec FILE or --budget, not both"),
+    "budget": (f"{BASE} --budget 0.25", "--budget is such as params=0.25 or params=0.25,macs=0.5, got 0.25"),
+    "budget on what": (f"{BASE} --budget param=0.25", "did you mean 'params'?"),
     "two calibrations": (f"{BASE} --data digits --calibration m.safetensors --calibrate 9", "not both"),
     "no images": (f"{BASE} --calibrate 9", "--calibrate takes its images from --data"),
     "no moments": (f"{BASE} --calibration none.safetensors", "no file of moments none.safetensors"),

@@ -457,13 +457,80 @@ def test_imagefolder_with_other_classes_in_val_is_refused(places):
         load_data(f"imagefolder:{places}")
 
 
+# --- of one's own -------------------------------------------------------------------------------------------
+
+OWN = """
+import torch
+from torch.utils.data import TensorDataset
+
+def images(count, size=6):
+    return TensorDataset(torch.randn(count, 2, size, size), torch.arange(count) % 3)
+
+def splits():
+    torch.manual_seed(0)
+    return images(10), images(4), 3
+
+def classes():
+    train, test = images(10), images(4)
+    train.classes = ["a", "b", "c"]
+    return train, test
+
+def uncounted(): return images(10), images(4)
+def one(): return images(10)
+def empty(): return images(10), images(0), 3
+def unlabelled(): return [torch.randn(2, 6, 6)], images(4), 3
+def bytes_(): return [(torch.zeros(2, 6, 6, dtype=torch.uint8), 0)], images(4), 3
+def pictures(): return [("photo.jpg", 0)], images(4), 3
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path / "own.py"
+
+
+def test_a_data_set_of_ones_own_is_read_by_batches(own_file):
+    data = load_data(f"{own_file}:splits")
+    assert (data.num_classes, data.input_shape, len(data.train), len(data.test)) == (3, (2, 6, 6), 10, 4)
+    x, y = next(iter(data.test_loader()))
+    assert_close(x, torch.stack([image for image, _ in data.test]))
+    assert (x.shape, y.tolist()) == ((4, 2, 6, 6), [0, 1, 2, 0])
+    seen = torch.cat([y for _, y in data.train_loader(4)])
+    assert seen.bincount().tolist() == [4, 3, 3]
+    assert load_data(f"{own_file}:classes").num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        ("uncounted", "does not say how many classes there are: return train, test, 10"),
+        ("one", "must return two torch data sets with a length, train and test, got TensorDataset"),
+        ("empty", "returned an empty data set: train has 10 images, test 0"),
+        ("unlabelled", r"must return data sets of \(image, label\), got a Tensor"),
+        ("bytes_", r"wanted images as float tensors \(C, H, W\).* got torch.uint8 \(2, 6, 6\)"),
+        ("pictures", "wanted images as float tensors .* got str"),
+        ("absent", "own.py has no factory 'absent'"),
+    ],
+)
+def test_what_is_no_data_set_says_what_is_wanted(factory, words, own_file):
+    with pytest.raises((TypeError, ValueError), match=words):
+        load_data(f"{own_file}:{factory}")
+
+
+def test_an_absent_data_file_is_called_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^no data file .*absent.py$"):
+        load_data(f"{tmp_path}/absent.py:splits")
+
+
 # --- arguments ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mnist", "", "imagefolder", "imagefolder:", "digits:x"])
 def test_unknown_names_list_the_known(name):
     with pytest.raises(
-        ValueError, match=r"^unknown data set .*: .* digits, fashion-mnist, .* imagefolder:PATH$"
+        ValueError,
+        match=r"^unknown data set .*: .* digits, .* imagefolder:PATH, FILE.py:FACTORY$",
     ):
         load_data(name)
 

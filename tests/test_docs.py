@@ -69,6 +69,7 @@ TAKEN_FOR_GRANTED = {"README.md": readme, "docs/howto/own-images.md": own_images
 @pytest.mark.parametrize("name", WITH_PYTHON)
 def test_python_on_a_page_runs_from_top_to_bottom(name, tmp_path, monkeypatch, unchecked, quick_cp):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     names = {"__name__": "__main__"} | TAKEN_FOR_GRANTED.get(name, lambda _: {})(monkeypatch)
     for block in blocks(PAGES[name]):
         if block.kind == "python":

@@ -31,9 +31,18 @@ def test_accuracy_and_loss_are_exact():
     assert found.samples == 3
 
 
-def test_no_images_are_an_error():
+def test_no_images_and_no_labels_are_errors():
     with pytest.raises(ValueError, match="labelled batches"):
         evaluate(nn.Identity(), [])
+    for unlabelled in (torch.randn(2, 3), [torch.randn(2, 3)], {"image": torch.randn(2, 3)}):
+        with pytest.raises(ValueError, match=r"^wanted batches \(inputs, labels\) .* without labels$"):
+            evaluate(nn.Identity(), [unlabelled])
+
+
+def test_a_batch_may_be_a_mapping():
+    logits, labels = torch.eye(3), torch.tensor([0, 1, 0])
+    pairs, mappings = [(logits, labels)], [{"image": logits, "label": labels}]
+    assert evaluate(nn.Identity(), mappings) == evaluate(nn.Identity(), pairs)
 
 
 def test_evaluation_leaves_the_mode_alone():
@@ -139,6 +148,14 @@ def test_inputs_are_a_tensor_a_tuple_or_a_mapping():
     assert torch.equal(call_model(Sum(), x), x + 1)
     assert torch.equal(call_model(Sum(), (x, x)), x + x)
     assert torch.equal(call_model(Sum(), {"a": x, "b": 5}), x + 5)
+
+
+def test_an_error_of_the_model_tells_the_inputs():
+    model = nn.Conv2d(1, 4, 3)
+    for inputs in (torch.zeros(2, 3, 8, 8), (torch.zeros(2, 3, 8, 8),), {"input": torch.zeros(2, 3, 8, 8)}):
+        with pytest.raises(RuntimeError) as caught:
+            call_model(model, inputs)
+        assert caught.value.__notes__ == ["while Conv2d was run on torch.float32 (2, 3, 8, 8)"]
 
 
 def test_eval_mode_ends_also_on_an_error():

@@ -212,6 +212,17 @@ def test_a_wrapped_model_is_refused_with_what_to_do(kind, inside, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_what_is_no_model_says_what_is_wanted(unchecked):
+    for value, words in (
+        (nn.Conv2d, r"^wanted a model, got the class Conv2d: make one, Conv2d\(\)$"),
+        (nn.Conv2d(4, 8, 3).state_dict(), "got OrderedDict: build the model and load_state_dict into it"),
+        ([nn.Conv2d(4, 8, 3)], "^wanted a model, a torch.nn.Module, got list$"),
+    ):
+        for act in (make_plan, tnc.compress):
+            with pytest.raises(TypeError, match=words):
+                act(value, HALF)
+
+
 def test_a_model_compiled_in_place_is_compressed():
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3))
     x = torch.randn(1, 4, 8, 8)

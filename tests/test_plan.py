@@ -405,6 +405,12 @@ def test_the_table_shows_every_layer():
         assert (f"{layer.rel_error:.4f}" if isinstance(layer, LayerPlan) else "dense") in row
 
 
+def test_without_example_inputs_the_table_has_no_column_of_macs():
+    blind, seen = (str(make_plan(net(), {}, example_inputs=x)) for x in (None, torch.randn(1, 3, 12, 10)))
+    assert ("MACs" in blind, "MACs" in seen) == (False, True)
+    assert {line.count("│") for line in blind.splitlines() if line.startswith("│")} == {8}
+
+
 def test_a_name_is_no_markup():
     model = nn.Sequential()
     model.add_module("[red]x[/red]", nn.Conv2d(3, 3, 1))

@@ -148,6 +148,17 @@ def test_a_batch_is_a_tensor_or_holds_one_first(batch):
     assert torch.equal(found, x)
 
 
+def test_what_is_no_batch_says_what_is_wanted():
+    with pytest.raises(ValueError, match="wanted batches that are tensors, or begin with one, got ndarray"):
+        next(inputs_of([torch.randn(2, 3, 8, 8).numpy()], net(True, True)))
+
+
+def test_models_the_wrong_way_round_are_an_error():
+    dense, small = pair()
+    with pytest.raises(ValueError, match="the compressed model comes first, got them swapped"):
+        tnc.repair(dense, small, images())
+
+
 def test_no_batches_are_an_error():
     dense, small = pair()
     with pytest.raises(ValueError, match="at least one batch"):

@@ -275,6 +275,10 @@ def test_a_model_file_that_can_not_be_run_leaves_no_module(tmp_path):
             build_model(f"{file}:f")
         assert "bad.py" in caught.value.__notes__[0]
     assert set(sys.modules) == modules
+    (tmp_path / "no_such_module_anywhere.py").touch()
+    with pytest.raises(ModuleNotFoundError) as caught:
+        build_model(f"{file}:f")
+    assert caught.value.__notes__[0].endswith(f"if PYTHONPATH={tmp_path} is set")
     (tmp_path / "empty.py").write_text("from torch.nn import Linear")
     with pytest.raises(ValueError, match=r"its callables are none$"):
         build_model(f"{tmp_path}/empty.py:f")

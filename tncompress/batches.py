@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +12,15 @@ from tncompress.outputs import bytes_of
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Return inputs and labels of a batch; the labels are None where there are none."""
-    items = list(batch) if isinstance(batch, tuple | list) else [batch]
+    """Return inputs and labels of a batch, a pair or a mapping; the labels are None where there are none.
+
+    >>> import torch
+    >>> x, y = split_batch({"image": torch.zeros(2, 3), "label": torch.tensor([0, 1])})
+    >>> x.shape, y
+    (torch.Size([2, 3]), tensor([0, 1]))
+    """
+    items = list(batch.values()) if isinstance(batch, Mapping) else batch
+    items = list(items) if isinstance(items, tuple | list) else [items]
     if not items or not isinstance(items[0], Tensor) or not items[0].ndim or not len(items[0]):
         came = type(items[0]).__name__ if items else "nothing"
         raise ValueError(f"wanted batches (inputs, labels) with at least one image, got {came}")

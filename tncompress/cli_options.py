@@ -39,6 +39,14 @@ SpecOption = Annotated[
         "--spec", help="What to compress and how: .yaml, .toml or .json. Default: MPS at a quarter."
     ),
 ]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="In place of a spec: the part of the model that may be left, such as params=0.25,macs=0.5. "
+        "Formats and ranks are chosen.",
+    ),
+]
 DataOption = Annotated[str, typer.Option("--data", help=f"One of {', '.join(NAMES)}.", show_default=False)]
 MaybeDataOption = Annotated[str | None, typer.Option("--data", help=f"One of {', '.join(NAMES)}.")]
 DataDirOption = Annotated[

@@ -124,6 +124,7 @@ def sensitivity(
 def plan(
     model: cli.ModelOption,
     spec: cli.SpecOption = None,
+    budget: cli.BudgetOption = None,
     weights: cli.WeightsOption = None,
     data: cli.MaybeDataOption = None,
     input_shape: cli.InputOption = None,
@@ -146,7 +147,7 @@ def plan(
     moments = cli.moments_for(calibration, calibrate, images)
     dense, _ = cli.open_model(model, weights, images)
     example = cli.example_for(dense, input_shape, images)
-    made = _spec(spec)
+    made = _spec(spec, budget)
     if isinstance(made, tnc.Spec):
         made = tnc.make_plan(
             dense,
@@ -171,6 +172,7 @@ def compress(
     model: cli.ModelOption,
     out: cli.OutOption,
     spec: cli.SpecOption = None,
+    budget: cli.BudgetOption = None,
     weights: cli.WeightsOption = None,
     data: cli.MaybeDataOption = None,
     input_shape: cli.InputOption = None,
@@ -193,7 +195,7 @@ def compress(
     dense, source = cli.open_model(model, weights, images)
     example = cli.example_for(dense, input_shape, images)
     where = cli.pick_device(device)
-    asked = _spec(spec)
+    asked = _spec(spec, budget)
     moved = example.to(where) if example is not None else None
     small = tnc.compress(
         dense.to(where),
@@ -213,8 +215,12 @@ def compress(
         cli.say("no --weights: what was compressed are random weights")
 
 
-def _spec(path: Path | None) -> tnc.Spec | tnc.Plan:
-    """Return the spec in a file, or the plan if it holds one."""
+def _spec(path: Path | None, budget: str | None) -> tnc.Spec | tnc.Plan:
+    """Return the spec in a file, or the plan if it holds one; or what a budget alone stands for."""
+    if budget is not None:
+        if path is not None:
+            raise ValueError("give --spec FILE or --budget, not both: a spec may hold a budget")
+        return tnc.Spec.parse({"default": {"format": "auto"}, "budget": _fractions(budget)})
     if path is None:
         return tnc.Spec()
     fields = read_settings(path, "spec")
@@ -223,3 +229,12 @@ def _spec(path: Path | None) -> tnc.Spec | tnc.Plan:
         if isinstance(fields, dict) and "compressed" in fields
         else tnc.Spec.parse(path)
     )
+
+
+def _fractions(budget: str) -> dict[str, float]:
+    """Return the fractions in ``params=0.25,macs=0.5``."""
+    parts = [part.split("=") for part in budget.split(",")]
+    try:
+        return {name.strip(): float(value) for name, value in parts}
+    except ValueError:
+        raise ValueError(f"--budget is such as params=0.25 or params=0.25,macs=0.5, got {budget}") from None

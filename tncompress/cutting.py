@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tncompress.cuts import Cut, effective_rank
 from tncompress.discovery import Layer, find_layers, refuse_wrapped
 from tncompress.layers import TNConv
+from tncompress.nearby import no_match
 from tncompress.plan import Skip
 from tncompress.running import copy_model
 from tncompress.selection import check_weight, memory_for
@@ -213,8 +214,7 @@ def _matching(model: nn.Module, patterns: Sequence[str], *, linear: bool) -> lis
     found = [layer for layer in found if linear or layer.geometry.ndim > 0]
     for pattern in patterns:
         if found and not any(matches_any(pattern, layer.names) for layer in found):
-            names = ", ".join(layer.name for layer in found[:8]) + (", ..." if len(found) > 8 else "")
-            raise ValueError(f"the pattern {pattern!r} matches no layer; the layers are {names}")
+            raise ValueError(no_match(pattern, [layer.name for layer in found]))
     return [layer for layer in found if any(matches_any(p, layer.names) for p in patterns)]
 
 

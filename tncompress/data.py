@@ -30,9 +30,11 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from tncompress.factories import call_factory, split_factory
+
 __all__ = ["NAMES", "DataSet", "load_data"]
 
-NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder:PATH")
+NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder:PATH", "FILE.py:FACTORY")
 SYSTEM_FOLDER = Path("/usr/share/datasets")  # where Debian's dataset-* packages put theirs
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
@@ -92,8 +94,11 @@ def load_data(name: str, *, data_dir: str | Path | None = None, image_size: int 
     Files are looked for in ``data_dir``, ``$TNCOMPRESS_DATA``, ``/usr/share/datasets`` and the user's cache,
     and are downloaded into the cache where none of these has them; ``digits`` comes with scikit-learn.
     ``imagefolder:PATH`` reads ``PATH/train/CLASS/*`` and ``PATH/val/CLASS/*`` (or ``test``), resized and cut
-    to squares of ``image_size`` (224) pixels. Raises ``ValueError`` for an unknown name, ``OSError`` for
-    absent or damaged files.
+    to squares of ``image_size`` (224) pixels. A function ``FACTORY`` of your own in ``FILE.py`` returns two
+    torch data sets of ``(image, label)``, ``train, test`` (and the number of classes, ``train, test, 10``,
+    where the first has no ``classes``); images are float32 ``(C, H, W)``, as your network takes them, and
+    augmenting them is left to your data set. Raises ``ValueError`` for an unknown name, ``OSError`` for
+    absent or damaged files, ``TypeError`` for a data set of another kind.
 
     >>> data = load_data("digits")
     >>> data
@@ -105,6 +110,8 @@ def load_data(name: str, *, data_dir: str | Path | None = None, image_size: int 
     kind, _, path = name.partition(":")
     if kind == "imagefolder" and path:
         return _image_folder(name, Path(path).expanduser(), 224 if image_size is None else image_size)
+    if image_size is None and (own := split_factory(name)):
+        return _own(name, call_factory(*own, "data"))
     if name not in _IN_MEMORY:
         raise ValueError(f"unknown data set {name!r}: the names are {', '.join(NAMES)}")
     if image_size is not None:
@@ -184,7 +191,7 @@ class _InMemory(_Images):
 
 @dataclass(frozen=True, eq=False)
 class _InFolder(_Images):
-    """Image files read when a batch wants them; ``files`` yields ``(PIL image, label)``."""
+    """Images read when a batch wants them; ``files`` yields what the transforms take, and a label."""
 
     files: Any
     plain: Callable[[Any], Tensor]
@@ -348,6 +355,36 @@ def _image_folder(name: str, path: Path, size: int) -> DataSet:
     augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *end])
     splits = (_InFolder(files, plain, augmented) for files in (train, test))
     return DataSet(name, len(train.classes), (3, size, size), *splits)
+
+
+def _own(name: str, made: Any) -> DataSet:
+    """Return the data set of the user's own that a factory called ``name`` made."""
+    parts = tuple(made) if isinstance(made, tuple | list) else (made,)
+    sized = [hasattr(part, "__len__") and hasattr(part, "__getitem__") for part in parts[:2]]
+    if len(parts) not in (2, 3) or not all(sized):
+        came = ", ".join(type(part).__name__ for part in parts)
+        raise TypeError(f"{name} must return two torch data sets with a length, train and test, got {came}")
+    train, test = parts[:2]
+    if not (len(train) and len(test)):
+        raise ValueError(
+            f"{name} returned an empty data set: train has {len(train)} images, test {len(test)}"
+        )
+    classes = parts[2] if len(parts) == 3 else len(getattr(train, "classes", ()))
+    if not isinstance(classes, int) or classes < 1:
+        raise TypeError(f"{name} does not say how many classes there are: return train, test, 10")
+    item = train[0]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise TypeError(f"{name} must return data sets of (image, label), got a {type(item).__name__}")
+    channels, height, width = _own_image(item[0]).shape
+    splits = (_InFolder(files, _own_image, _own_image) for files in (train, test))
+    return DataSet(name, classes, (channels, height, width), *splits)
+
+
+def _own_image(image: Any) -> Float[Tensor, "c h w"]:
+    if isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point():
+        return image
+    came = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+    raise TypeError(f"wanted images as float tensors (C, H, W), as the network takes them, got {came}")
 
 
 class _Recipe(NamedTuple):

@@ -220,7 +220,15 @@ def _modules_in(value: Any, depth: int = 4) -> Iterator[nn.Module]:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise a ``ValueError`` for a model, or a part of one, that a compiler or a parallel wrapper holds."""
+    """Raise a ``ValueError`` for a model, or a part of one, that a compiler or a parallel wrapper holds.
+
+    What is no model at all, such as its class or its weights, is a ``TypeError``.
+    """
+    if not isinstance(model, nn.Module):
+        if isinstance(model, type) and issubclass(model, nn.Module):
+            raise TypeError(f"wanted a model, got the class {model.__name__}: make one, {model.__name__}()")
+        hint = ": build the model and load_state_dict into it" if isinstance(model, Mapping) else ""
+        raise TypeError(f"wanted a model, a torch.nn.Module, got {type(model).__name__}{hint}")
     for name, module in model.named_modules():
         where = f"module {name!r}" if name else "the model"
         if "_orig_mod" in module._modules:

@@ -156,8 +156,7 @@ def _architecture(manifest: Mapping[str, Any], model: Any, folder: Path) -> nn.M
     if isinstance(model, str):
         source = {**(source or {}), "source": model}
     elif source is None or not source["source"].startswith(SAFE_SOURCES):
-        recorded = f" (it was {one_line(repr(source['source']))})" if source else ""
-        raise ValueError(f"{folder} was saved without a source to build from{recorded}: pass model=")
+        raise ValueError(f"{folder} {_unbuilt(source)}")
     if not source["source"].startswith(SAFE_SOURCES):
         return build_model(**source)
     stored = (folder / manifest.get("weights", WEIGHTS)).stat().st_size
@@ -166,6 +165,14 @@ def _architecture(manifest: Mapping[str, Any], model: Any, folder: Path) -> nn.M
             raise ValueError(f"a model of {size} numbers is far too large for {stored} bytes of weights")
         with Unfilled():
             return build_model(**source)
+
+
+def _unbuilt(source: Mapping[str, Any] | None) -> str:
+    """Return why no architecture is built unasked, and what to pass."""
+    if source is None:
+        return "was saved without a source to build from: pass model= (in a command --model)"
+    made = one_line(source["source"])
+    return f"was made from {made}, and a file is never run unasked: pass model= (in a command --model {made})"
 
 
 def _size_of(source: Mapping[str, Any]) -> int:

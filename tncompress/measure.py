@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tncompress.batches import split_batch
 from tncompress.running import call_model, copy_model, eval_mode
 from tncompress.timing import samples_in_turns
 from tncompress.weights import save_weights
@@ -37,6 +38,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
 
     ``accuracy`` is top-1, a fraction from 0 to 1, ``loss`` the mean cross-entropy in nats, ``samples`` their
     number. The model maps inputs to logits ``(samples, classes)``; it is run in eval mode on its own device.
+    A batch may be a mapping, too, whose first two items are inputs and labels.
     No batch at all is a ``ValueError``.
 
     >>> model = nn.Linear(2, 2, bias=False)
@@ -47,7 +49,10 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
     device = device_of(model)
     correct, loss, samples = 0, 0.0, 0
     with eval_mode(model):
-        for x, y in loader:
+        for batch in loader:
+            x, y = split_batch(batch)
+            if y is None:
+                raise ValueError("wanted batches (inputs, labels) to evaluate on, got inputs without labels")
             logits, y = model(x.to(device)).float(), y.to(device)
             correct += int((logits.argmax(1) == y).sum())
             loss += float(F.cross_entropy(logits, y, reduction="sum"))

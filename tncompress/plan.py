@@ -240,17 +240,18 @@ class Plan:
             table.add_column(column, overflow="fold")
         outputs = any(layer.output_error is not None for layer in self.compressed)
         errors = ("rel. error", "output error") if outputs else ("rel. error",)
-        for column in (*errors, "params", "", "MACs", ""):
+        known = any(layer.macs_dense is not None for layer in self.layers)
+        for column in (*errors, "params", "", *(("MACs", "") if known else ())):
             table.add_column(column, justify="right")
+        width = len(table.columns)
         for layer in self.layers:
-            table.add_row(*_row(layer, outputs=outputs))
+            table.add_row(*_row(layer, outputs=outputs)[:width])
         table.add_section()
         macs, macs_dense = self.macs, self.macs_dense
         cost = (count(macs_dense) + " → " + count(macs), ratio(macs_dense, macs)) if macs_dense else ("", "")
         size = f"{count(self.params_model)} → {count(self.params)}"
-        table.add_row(
-            "model", "", "", "", *("" for _ in errors), size, ratio(self.params_model, self.params), *cost
-        )
+        fewer = ratio(self.params_model, self.params)
+        table.add_row(*("model", "", "", "", *("" for _ in errors), size, fewer, *cost)[:width])
         return table
 
 

@@ -78,6 +78,8 @@ def repair(
         raise ValueError(f"ridge is a number from 0 on, got {ridge}")
     repaired = copy_model(small)
     names = [layer.name for layer in find_layers(repaired) if isinstance(layer.module, TNConv)]
+    if not names and any(isinstance(module, TNConv) for module in dense.modules()):
+        raise ValueError("repair(small, dense, batches): the compressed model comes first, got them swapped")
     pairs = partners(repaired, dense, names)
     images = _Images(batches, repaired).affordable(dense)
     book = _Book(repaired, Gauge(dense, images))

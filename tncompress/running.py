@@ -42,12 +42,31 @@ def at_least_float(tensor: Tensor) -> Tensor:
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
-    """Return ``model`` called on a tensor, a tuple of arguments or a mapping of keyword arguments."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    return model(example_inputs)
+    """Return ``model`` called on a tensor, a tuple of arguments or a mapping of keyword arguments.
+
+    What it raises then says on inputs of which shapes it was run.
+    """
+    try:
+        if isinstance(example_inputs, Mapping):
+            return model(**example_inputs)
+        if isinstance(example_inputs, tuple | list):
+            return model(*example_inputs)
+        return model(example_inputs)
+    except Exception as error:
+        error.add_note(f"while {type(model).__name__} was run on {_told(example_inputs)}")
+        raise
+
+
+def _told(example_inputs: Any) -> str:
+    """Return how errors speak of example inputs.
+
+    >>> _told((torch.zeros(1, 3, 8, 8), 5))
+    'torch.float32 (1, 3, 8, 8), int'
+    """
+    parts = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
+    parts = list(parts) if isinstance(example_inputs, Mapping | tuple | list) else [parts]
+    told = [f"{p.dtype} {tuple(p.shape)}" if isinstance(p, Tensor) else type(p).__name__ for p in parts]
+    return ", ".join(told)
 
 
 @contextmanager
@@ -117,6 +136,9 @@ def inputs_of(batches: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
             batch = next(iter(batch.values()))
         elif isinstance(batch, tuple | list):
             batch = batch[0]
+        if not isinstance(batch, Tensor):
+            came = type(batch).__name__
+            raise ValueError(f"wanted batches that are tensors, or begin with one, got {came}")
         yield batch.to(device)
     if not found:
         raise ValueError("wanted at least one batch of inputs, got none (a generator that was used up?)")

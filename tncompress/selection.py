@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tncompress.discovery import Layer
+from tncompress.nearby import no_match
 from tncompress.spec import KEEP_DENSE, Spec, matches_any
 
 
@@ -18,8 +19,7 @@ def kept_dense(spec: Spec, layers: list[Layer]) -> dict[str, str]:
     patterns = [rule.pattern for rule in spec.rules] + [p for p in spec.keep_dense if p not in KEEP_DENSE]
     for pattern in patterns:
         if not matches_any(pattern, names):
-            shown = ", ".join(names[:8]) + (f", ... ({len(names) - 8} more)" if len(names) > 8 else "")
-            raise ValueError(f"the pattern {pattern!r} matches no layer; the layers are {shown or 'none'}")
+            raise ValueError(no_match(pattern, names))
     kept = {}
     for layer in layers:
         for pattern in spec.keep_dense:

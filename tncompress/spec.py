@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from tncompress.formats import MPS, Format, all_contenders, make_format
+from tncompress.nearby import did_you_mean
 from tncompress.storage import new_file
 from tncompress.textfiles import one_line, read_settings
 
@@ -186,11 +187,19 @@ def make_policy(value: Any) -> RankPolicy:
     if isinstance(value, RankPolicy):
         return value
     if not isinstance(value, Mapping) or len(value) != 1:
-        raise ValueError(f"a rank is one tagged policy, such as {{energy: 0.95}}, got {value!r}; {_tags()}")
+        raise ValueError(f"a rank is one tagged policy, such as {_tagged(value)}, got {value!r}; {_tags()}")
     ((tag, number),) = value.items()
     if tag not in POLICIES:
-        raise ValueError(f"unknown rank policy {tag!r}; {_tags()}")
+        raise ValueError(f"unknown rank policy {tag!r}; {_tags()}{did_you_mean(tag, POLICIES)}")
     return POLICIES[tag](number)  # type: ignore[call-arg]
+
+
+def _tagged(value: Any) -> str:
+    """Return the policy that a bare number was probably meant for."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        return "{energy: 0.95}"
+    whole = isinstance(value, int) or value > 1
+    return f"{{fixed: {math.ceil(value)}}}" if whole else f"{{params_ratio: {value}}}"
 
 
 def _tags() -> str:
@@ -346,6 +355,13 @@ class Spec(BaseModel):
     allow_larger: bool = False
     budget: Budget | None = None
 
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _names_resources(cls, budget: Any) -> Any:
+        if budget is not None and not isinstance(budget, Budget | Mapping):
+            raise ValueError(f"a budget is a mapping such as {{params: 0.25}}, got {budget!r}")
+        return budget
+
     @model_validator(mode="after")
     def _budget_and_ranks_agree(self) -> Spec:
         if self.budget is None:
@@ -439,12 +455,22 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in first["loc"]) or "top level"
     if first["type"] == "extra_forbidden":
         valid = ", ".join(_keys_at(model, first["loc"][:-1]))
-        return f"unknown key '{place}'; the keys there are {valid}"
+        return f"unknown key '{place}'; the keys there are {valid}{_meant(first['loc'], model)}"
     if first["type"] == "missing":
         return f"'{place}' is missing"
     message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
-    came = "" if ", got " in message else f", got {first['input']!r}"
-    return f"{place}: {message[:1].lower()}{message[1:]}{came}"
+    came = "" if ", got " in message or message.startswith("unknown ") else f", got {first['input']!r}"
+    part = "budget" in first["loc"][:-1] and first["type"].startswith(("less", "greater"))
+    hint = ": a budget is a part of what the dense model takes, such as 0.25" if part else ""
+    return f"{place}: {message[:1].lower()}{message[1:]}{came}{hint}"
+
+
+def _meant(location: Sequence[Any], model: type[BaseModel]) -> str:
+    """Return what may have been meant by the last key of a place, to end a message with."""
+    key = location[-1]
+    if model is Spec and len(location) == 1 and key in Settings.model_fields:
+        return f"; {key} is a key of default: {{default: {{{key}: ...}}}}"
+    return did_you_mean(key, _keys_at(model, location[:-1]))
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:

@@ -1,17 +1,16 @@
 """Models by name: small CNNs, torchvision's models, factories in a file."""
 
 import difflib
-import hashlib
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from tncompress.factories import call_factory, split_factory
 
 __all__ = [
     "CNN4",
@@ -166,8 +165,8 @@ def build_model(source: str, *, num_classes: int | None = None, in_channels: int
         return _ZOO[name](**given)
     if place == "torchvision":
         return _from_torchvision(name, **given)
-    if place.endswith(".py") and name:
-        return _from_file(Path(place).expanduser(), name, given)
+    if own := split_factory(source):
+        return _from_file(*own, given)
     raise ValueError(
         f"unknown model {source!r}: wanted zoo:NAME ({', '.join(list_models())}), torchvision:NAME "
         "or PATH/FILE.py:FACTORY"
@@ -220,51 +219,7 @@ def _from_torchvision(name: str, num_classes: int | None = None, in_channels: in
 
 
 def _from_file(path: Path, name: str, given: dict[str, int]) -> nn.Module:
-    if not path.is_file():
-        raise FileNotFoundError(f"no model file {path}")
-    module = _run_file(path)
-    factory = getattr(module, name, None)
-    if not _is_factory(factory):
-        own = [key for key, value in vars(module).items() if _is_factory(value) and not key.startswith("_")]
-        here = [key for key in own if getattr(vars(module)[key], "__module__", None) == module.__name__]
-        raise ValueError(f"{path} has no factory {name!r}: its callables are {', '.join(here) or 'none'}")
-    try:
-        model = factory(**{key: value for key, value in given.items() if _takes(factory, key)})
-    except Exception as error:
-        error.add_note(f"while building the model {path}:{name}")
-        raise
+    model = call_factory(path, name, "model", **given)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{path}:{name} must return a torch.nn.Module, got {type(model).__name__}")
     return model
-
-
-def _run_file(path: Path) -> ModuleType:
-    """Return the file as a module; its name is private, and is kept for pickle and torch.compile to find."""
-    text = path.read_bytes()
-    name = f"_tncompress_model_{hashlib.sha256(bytes(path.resolve()) + text).hexdigest()[:16]}"
-    if name not in sys.modules:
-        module = sys.modules[name] = ModuleType(name)
-        module.__file__ = str(path)
-        try:
-            exec(compile(text, str(path), "exec"), module.__dict__)
-        except BaseException as error:
-            del sys.modules[name]
-            error.add_note(f"while importing the model file {path}")
-            raise
-    return sys.modules[name]
-
-
-def _is_factory(value: object) -> TypeGuard[Callable[..., Any]]:
-    return callable(value) and not isinstance(value, nn.Module)
-
-
-def _takes(factory: Callable, parameter: str) -> bool:
-    try:
-        accepted = inspect.signature(factory).parameters.values()
-    except ValueError:  # some builtins tell nothing about themselves
-        return False
-    return any(
-        p.kind is p.VAR_KEYWORD
-        or (p.name == parameter and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-        for p in accepted
-    )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tncompress.cuts import legs_of
+from tncompress.nearby import did_you_mean
 
 Shape = tuple[int, ...]
 Ranks = tuple[int, ...]
@@ -293,7 +294,8 @@ def make_format(value: Any) -> Format:
         offered = _offered()
         if not isinstance(name, str) or name not in offered:
             known = ", ".join(sorted({*FORMATS, *offered}))
-            raise ValueError(f"unknown format {name!r}; the formats are {known}")
+            near = did_you_mean(name, {*FORMATS, *offered})
+            raise ValueError(f"unknown format {name!r}; the formats are {known}{near}")
         _load(offered[name])
     defaults = {field.name: field.default for field in fields(FORMATS[name])}  # type: ignore[arg-type]
     for option, given in options.items():
