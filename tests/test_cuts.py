@@ -1,6 +1,7 @@
 import math
 from itertools import chain
 
+import numpy
 import pytest
 import torch
 from conftest import every_geometry
@@ -245,6 +246,36 @@ def test_entropy_does_not_depend_on_scale_and_is_bounded_by_the_rank(cut):
     assert entropy(s) == pytest.approx(-sum(x * math.log(x) for x in p))
     assert entropy(spectrum(1e-3 * kernel, cut)) == pytest.approx(entropy(s))
     assert 1 < effective_rank(s) < len(s)
+
+
+@every_cut
+def test_a_cut_may_be_given_as_its_text(cut):
+    kernel = kernel_for(cut)
+    assert torch.equal(spectrum(kernel, str(cut)), spectrum(kernel, cut))
+    assert torch.equal(truncate(kernel, str(cut), 1), truncate(kernel, cut, 1))
+    assert spectrum(kernel, cut).norm() == pytest.approx(kernel.norm().item())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: spectrum(torch.ones(2, 2), ("out", "in")),
+            r"such as 'out\|rest' .* got a tuple",
+        ),
+        (lambda: truncate(torch.ones(2, 2), 1, 1), "a cut is a text such as .* got a int"),
+        (
+            lambda: spectrum(numpy.ones((2, 2)), "out|in"),
+            r"a kernel as a tensor .* ndarray: torch\.",
+        ),
+        (lambda: truncate(numpy.ones((2, 2)), "out|in", 1), "a kernel as a tensor of torch, got a ndarray"),
+        (lambda: entropy(numpy.ones(3)), "singular values as a tensor of torch, got a ndarray"),
+        (lambda: effective_rank([1.0, 2.0]), "singular values as a tensor of torch, got a list"),
+    ],
+)
+def test_what_is_no_cut_and_no_tensor_is_refused_with_what_would_do(call, message, unchecked):
+    with pytest.raises(TypeError, match=message):
+        call()
 
 
 @every_ndim

@@ -196,6 +196,18 @@ def test_nodes_that_are_no_layer_are_refused_in_one_line(change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_format_and_ranks_of_the_wrong_kind_are_refused_with_what_would_do(unchecked):
+    layer, dense = conv(), nn.Conv2d(8, 16, 3)
+    for call in (
+        lambda: tnc.from_tensornetwork(tnc.to_tensornetwork(layer), dense, format="mps"),
+        lambda: TNConv.from_dense(dense, "mps", (6, 12, 10)),
+    ):
+        with pytest.raises(TypeError, match=r"wanted a format, such as MPS\(\), got 'mps'"):
+            call()
+    with pytest.raises(TypeError, match=r"takes 3 rank\(s\) .* got 8: give one for each bond"):
+        TNConv.from_dense(dense, MPS(), 8)
+
+
 def test_groups_have_a_network_each(unchecked):
     layer = TNConv.from_dense(nn.Conv2d(8, 12, 3, groups=2), SVD(), (3,))
     with pytest.raises(ValueError, match="2 groups, a network each: pass group=0 to group=1"):
@@ -256,6 +268,41 @@ def test_quimb_canonises_and_the_layer_computes_the_same():
     network.compress_all_(max_bond=5)
     assert max(tnc.from_quimb(network, layer).ranks) == 5
     assert not torch.allclose(layer.tensors()[0] @ layer.tensors()[0].mT, torch.eye(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("library", ["tensornetwork", "quimb"])
+def test_arrays_in_float64_come_back_in_the_dtype_of_the_layer(library, dtype):
+    pytest.importorskip(library)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU()).to(dtype)
+    layer = TNConv.from_dense(model[0], MPS(), (6, 12, 10))
+    if library == "quimb":
+        network = tnc.to_quimb(layer)
+        network.apply_to_arrays(lambda tensor: tensor.detach().double().numpy())
+        back = [tnc.from_quimb(network, layer), tnc.from_quimb(network, model[0], format=MPS())]
+    else:
+        nodes, _ = tnc.to_tensornetwork(layer)
+        for node in nodes:
+            node.tensor = node.tensor.detach().double().numpy()
+        back = [
+            tnc.from_tensornetwork(nodes, layer),
+            tnc.from_tensornetwork(nodes, model[0], format=MPS()),
+        ]
+    for number, found in enumerate(back):
+        assert {p.dtype for p in found.parameters()} == {dtype}
+        assert torch.equal(found.weight, layer.weight)
+        if number == 0:
+            assert same(found, layer)
+        model[0] = found
+        assert model(torch.randn(1, 8, 4, 4, dtype=dtype)).dtype == dtype
+
+
+def test_complex_tensors_are_refused_with_what_to_pass():
+    pytest.importorskip("quimb")
+    network = tnc.to_quimb(conv())
+    network.apply_to_arrays(lambda tensor: tensor.detach().to(torch.complex128))
+    with pytest.raises(ValueError, match=r"got torch.complex128 on cpu: kernels are real, pass"):
+        tnc.from_quimb(network, conv())
 
 
 def test_bonds_of_quimb_may_have_any_names():

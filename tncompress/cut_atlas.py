@@ -86,7 +86,7 @@ class CutAtlas:
                     raise ValueError(f"the atlas has no {key} {value!r}; it has {one_line(', '.join(known))}")
                 rows = tuple(row for row in rows if getattr(row, key) == value)
         if cut is not None:
-            wanted = Cut.parse(cut) if isinstance(cut, str) else cut
+            wanted = Cut.of(cut)
             found = tuple(row for row in rows if _same(wanted, row))
             if not found:
                 raise ValueError(f"the atlas has no cut '{wanted}' there; it has {', '.join(self.cuts)}")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -69,6 +70,17 @@ class Cut:
             raise ValueError(f"'rest' stands alone on its side of a cut, got {text!r}")
         return cls(left, right)
 
+    @classmethod
+    def of(cls, cut: str | Cut) -> Cut:
+        """Return ``cut`` itself, or the cut that the text stands for; anything else is a ``TypeError``."""
+        if isinstance(cut, Cut):
+            return cut
+        if not isinstance(cut, str):
+            raise TypeError(
+                f"a cut is a text such as 'out|rest' or 'out kw|in kh', or a Cut, got a {type(cut).__name__}"
+            )
+        return cls.parse(cut)
+
     def __str__(self) -> str:
         return f"{' '.join(self.left)}|{' '.join(self.right)}"
 
@@ -119,16 +131,37 @@ def all_cuts(ndim: int) -> tuple[Cut, ...]:
     return tuple(cuts)
 
 
-def spectrum(kernel: Tensor, cut: Cut) -> Float[Tensor, " k"]:
-    """Return the singular values of ``kernel`` across ``cut``, largest first, in float64."""
-    return singular_values(unfold(working_copy(kernel), cut.modes(kernel.ndim)[0]))
+def spectrum(kernel: Tensor, cut: str | Cut) -> Float[Tensor, " k"]:
+    """Return the singular values of ``kernel`` across ``cut``, largest first, in float64.
+
+    They are not normalised: their squares sum up to the squared Frobenius norm of the kernel.
+
+    >>> spectrum(3 * torch.ones(2, 2, 1, 1), "out|rest")
+    tensor([6., 0.], dtype=torch.float64)
+    """
+    kernel = _tensor(kernel, "a kernel")
+    return singular_values(unfold(working_copy(kernel), Cut.of(cut).modes(kernel.ndim)[0]))
+
+
+def _tensor(value: Any, what: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"wanted {what} as a tensor of torch, got a {type(value).__name__}: "
+            "torch.as_tensor(array) makes one"
+        )
+    return value
 
 
 def entropy(s: Float[Tensor, " k"]) -> float:
     """Return the correlation entropy -sum p log p with p = s**2 / sum s**2, in nats.
 
     It is 0 for a product state across the cut (and for a zero kernel), log(rank) for equal singular values.
+    Divide by ``log(2)`` for bits. ``s`` need not be normalised.
+
+    >>> round(entropy(torch.tensor([5.0, 5.0])), 4)
+    0.6931
     """
+    s = _tensor(s, "singular values")
     p = s.square() / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)
     return float(torch.special.entr(p).sum())
 
@@ -144,9 +177,9 @@ def rel_error(s: Float[Tensor, " k"], rank: int) -> float:
     return math.sqrt(float(tails[rank] / tails[0])) if float(tails[0]) > 0 else 0.0
 
 
-def truncate(kernel: Tensor, cut: Cut, rank: int) -> Tensor:
+def truncate(kernel: Tensor, cut: str | Cut, rank: int) -> Tensor:
     """Return the best approximation of ``kernel`` with rank ``rank`` across ``cut``: dense in, dense out."""
-    left, right = cut.modes(kernel.ndim)
+    left, right = Cut.of(cut).modes(_tensor(kernel, "a kernel").ndim)
     u, _, svh = truncated_svd(unfold(working_copy(kernel), left), rank)
     order: Sequence[int] = left + right
     folded = (u @ svh).reshape([kernel.shape[mode] for mode in order])

@@ -200,7 +200,7 @@ def _steps(cuts: Any, policy: Any) -> Steps:
         pairs = [(cut, policy) for cut in ([cuts] if isinstance(cuts, str | Cut) else cuts)]
     if not pairs:
         raise ValueError("wanted at least one cut, such as 'out|rest', got none")
-    made = tuple((Cut.parse(c) if isinstance(c, str) else c, make_policy(p)) for c, p in pairs)
+    made = tuple((Cut.of(c), make_policy(p)) for c, p in pairs)
     for cut, asked in made:
         if isinstance(asked, FixedRank) and not isinstance(asked.ranks, int):
             raise ValueError(f"the cut '{cut}' has one rank, got {asked.ranks}: give each cut its own")

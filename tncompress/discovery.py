@@ -131,7 +131,7 @@ def _obstacle(module: Any, name: str, include: Collection[str]) -> str | None:
         )
     if isinstance(module, TNConv):
         if "compressed" not in include:
-            return "already compressed (compressed again with 'compressed' in include)"
+            return "already compressed (left alone unless include names 'compressed')"
     elif _is_quantized(module):
         return "its weight is quantized: compress before quantizing"
     if not name:
@@ -149,11 +149,11 @@ def _obstacle_of_class(module: Any, include: Collection[str]) -> str | None:
         if changed:
             return f"a subclass of {base.__name__} with a {changed[0]} of its own, which would be lost"
         if "subclasses" not in include:
-            return f"a subclass of {base.__name__} (compressed with 'subclasses' in include)"
+            return f"a subclass of {base.__name__} (left alone unless include names 'subclasses')"
     if "forward" in vars(module):
         return "its forward was replaced on the instance, and would be lost"
     if ConvGeometry.of(module).depthwise and "depthwise" not in include:
-        return "depthwise: no channels to cut between (compressed with 'depthwise' in include)"
+        return "depthwise: no channels to cut between (left alone unless include names 'depthwise')"
     return None
 
 
@@ -165,7 +165,7 @@ def _obstacle_of_state(module: Any, include: Collection[str]) -> str | None:
     elif any(isinstance(hook, NORM_HOOKS) for hook in module._forward_pre_hooks.values()):
         own |= _NORM_STATE
     if len(own) > 2 and "parametrized" not in include:
-        return "its weight is parametrized (made plain with 'parametrized' in include)"
+        return "its weight is parametrized (left alone unless include names 'parametrized')"
     if len(own) == 2 and module._parameters.get("weight") is None:
         return "its weight is no plain parameter (pruning?): remove that first"
     held = [*module._parameters, *module._buffers, *module._modules]

@@ -89,6 +89,8 @@ class TNConv(nn.Module):
     @classmethod
     def from_dense(cls, layer: nn.Module, format: Format, ranks: Sequence[int]) -> TNConv:
         """Return the fit of ``format`` at ``ranks`` to a dense layer, whose parameters stay untouched."""
+        if not isinstance(format, Format):
+            raise TypeError(f"wanted a format, such as MPS(), got {format!r}")
         geometry = ConvGeometry.of(layer)
         dense: Any = layer
         weight, bias = dense.weight.detach(), dense.bias

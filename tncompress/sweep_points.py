@@ -167,7 +167,7 @@ def _cut_sets(asked: Any, ndim: int) -> list[tuple[Cut, ...]]:
     sets = [(entry,) if isinstance(entry, str | Cut) else tuple(entry) for entry in entries]
     if not sets or not all(sets):
         raise ValueError("wanted 'all' or cuts such as 'out|rest', got none")
-    return [tuple(cut if isinstance(cut, Cut) else Cut.parse(cut) for cut in steps) for steps in sets]
+    return [tuple(Cut.of(cut) for cut in steps) for steps in sets]
 
 
 def _misfit(cuts: Iterable[Cut], ndim: int) -> str:

@@ -226,6 +226,8 @@ class Format(ABC):
         """Return ``ranks`` as a tuple if the format can be given them, else raise ``ValueError``."""
         maximum = self.max_ranks(shape)
         takes = f"takes {len(maximum)} rank(s) of at most {maximum}"
+        if isinstance(ranks, int):
+            raise TypeError(f"{self} on a kernel {tuple(shape)} {takes}, got {ranks}: give one for each bond")
         wanted = f"{self} on a kernel {tuple(shape)} {takes}, got {tuple(ranks)}"
         if len(ranks) != len(maximum):
             raise ValueError(wanted)

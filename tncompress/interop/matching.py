@@ -85,7 +85,11 @@ def is_bond(leg: str) -> bool:
 
 
 def layer_from(groups: Sequence[Sequence[Tensor]], like: nn.Module, format: Format) -> TNConv:
-    """Return a layer of the geometry and bias of ``like`` that holds copies of the factors of each group."""
+    """Return a layer that holds copies of the factors of each group, and is like ``like`` in all else.
+
+    It has the geometry, bias, dtype and device of ``like``: other libraries work in float64 where torch has
+    float32, and a network of two dtypes would not run.
+    """
     stacked = list[Tensor]()
     for number, parts in enumerate(zip(*groups, strict=True)):
         if len({part.shape for part in parts}) > 1:
@@ -98,14 +102,16 @@ def layer_from(groups: Sequence[Sequence[Tensor]], like: nn.Module, format: Form
     kinds = {(factor.dtype, factor.device) for factor in stacked}
     if len(kinds) > 1 or not stacked[0].is_floating_point():
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise ValueError(f"wanted floating-point tensors of one dtype on one device, got {found}")
+        real = ": kernels are real, pass the real parts" if any(f.is_complex() for f in stacked) else ""
+        raise ValueError(f"wanted floating-point tensors of one dtype on one device, got {found}{real}")
     geometry, old = geometry_of(like), cast(Any, like)
+    held = list(like.factors) if isinstance(like, TNConv) else [old.weight]
+    stacked = [factor.to(held[0]) for factor in stacked]
     bias = old.bias
-    copied = bias.detach().to(stacked[0], copy=True) if bias is not None else None
+    copied = bias.detach().clone() if bias is not None else None
     layer = TNConv(format, geometry, stacked, copied)
     format.check_ranks(geometry.kernel_shape, layer.ranks)
     layer.rel_error = _error(layer, like)
-    held = like.factors if isinstance(like, TNConv) else [old.weight]
     layer.factors.requires_grad_(any(p.requires_grad for p in held))
     if layer.bias is not None and bias is not None:
         layer.bias.requires_grad_(bias.requires_grad)
@@ -119,6 +125,8 @@ def geometry_of(like: Any) -> ConvGeometry:
 
 def format_of(like: Any, format: Format | None) -> Format:
     """Return ``format``, or that of ``like`` if it is compressed."""
+    if format is not None and not isinstance(format, Format):
+        raise TypeError(f"wanted a format, such as MPS(), got {format!r}")
     if format is not None:
         return format
     if isinstance(like, TNConv):

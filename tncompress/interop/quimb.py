@@ -35,8 +35,9 @@ def to_quimb(layer: TNConv, group: int | None = None) -> Any:
 
 
 def from_quimb(network: Any, like: nn.Module, *, format: Format | None = None) -> TNConv:
-    """Return a fresh layer that holds the tensors of ``network``, with the geometry and bias of ``like``.
+    """Return a fresh layer that holds the tensors of ``network``, and is like ``like`` in all else.
 
+    Geometry, bias, dtype and device are those of ``like``: arrays in float64 come back in float32.
     ``like`` is the layer that the network came from, or a dense layer, whose ``format`` has then to be said.
     Of a layer with groups ``network`` is a sequence of one for each. The kernel's indices have their
     names, bonds may have any names and dimensions. What :func:`to_quimb` made comes back bit by bit. Raises

@@ -74,8 +74,9 @@ def to_tensornetwork(layer: TNConv, group: int | None = None) -> KernelNodes:
 
 
 def from_tensornetwork(nodes: Iterable[Any], like: nn.Module, *, format: Format | None = None) -> TNConv:
-    """Return a fresh layer that holds the tensors of ``nodes``, with the geometry and the bias of ``like``.
+    """Return a fresh layer that holds the tensors of ``nodes``, and is like ``like`` in all else.
 
+    Geometry, bias, dtype and device are those of ``like``: arrays in float64 come back in float32.
     ``like`` is the layer that the nodes came from, or a dense layer, whose ``format`` has then to be said.
     Of a layer with groups ``nodes`` are its networks in turn. Dangling edges are told by their own names or
     those of the axes (``out``, ``in``, ``kd``, ``kh``, ``kw``); bonds may have any names and dimensions. What
