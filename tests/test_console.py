@@ -102,6 +102,7 @@ def test_the_laws_of_the_console_are_held_against_every_verb():
 
 
 @pytest.mark.parametrize("verb", QUICK)
+@pytest.mark.usefixtures("unchecked")
 def test_a_pipe_gets_plain_text_within_its_columns(printed, verb):
     for columns in (40, 160) if verb in REPEATABLE else (40,):
         out, err = printed(verb, columns)
@@ -116,6 +117,7 @@ def test_a_pipe_gets_plain_text_within_its_columns(printed, verb):
 
 
 @pytest.mark.parametrize("verb", REPEATABLE)
+@pytest.mark.usefixtures("unchecked")
 def test_a_narrow_terminal_shows_the_figures_of_a_wide_one(printed, verb):
     wide, narrow = (printed(verb, columns)[0] for columns in (160, 40))
     assert figures(narrow) == figures(wide)

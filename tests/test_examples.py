@@ -147,6 +147,7 @@ def test_frozen_beside_dense(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_what_is_exported_gives_the_same_answers(few, tmp_path, capsys):
     export_and_compare.main(["--out", str(tmp_path / "made"), "--epochs", "1"])
     said = capsys.readouterr().out

@@ -233,6 +233,7 @@ def test_a_factory_gets_what_its_signature_accepts(net_file, factory, shape):
 
 
 def test_a_model_file_is_private_yet_its_models_pickle(net_file):
+    sys.modules.pop("net", None)  # of another test
     path, modules = list(sys.path), set(sys.modules)
     model = build_model(f"{net_file}:Net")
     assert sys.path == path

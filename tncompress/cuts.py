@@ -136,7 +136,7 @@ def spectrum(kernel: Tensor, cut: str | Cut) -> Float[Tensor, " k"]:
 
     They are not normalised: their squares sum up to the squared Frobenius norm of the kernel.
 
-    >>> spectrum(3 * torch.ones(2, 2, 1, 1), "out|rest")
+    >>> spectrum(3 * torch.ones(2, 2, 1, 1), "out|rest").round(decimals=6)
     tensor([6., 0.], dtype=torch.float64)
     """
     kernel = _tensor(kernel, "a kernel")
