@@ -28,6 +28,7 @@ import tncompress as tnc
 from tncompress.data import load_data
 from tncompress.discovery import find_layers
 from tncompress.measure import macs, num_params
+from tncompress.noise import has_bf16
 from tncompress.repair import reestimate_batchnorm_
 from tncompress.report import environment
 from tncompress.running import copy_model
@@ -327,10 +328,10 @@ def peak() -> float:
 
 
 def train(weights: Path) -> None:
-    """Train the dense models that are not there yet, in bf16, with the command line."""
+    """Train the dense models that are not there yet, in bf16 where there is that, with the command line."""
     weights.mkdir(parents=True, exist_ok=True)
     config = weights / "train.yaml"
-    config.write_text("mixed_precision: bf16\n")
+    config.write_text(f"mixed_precision: {'bf16' if has_bf16() else 'no'}\nchannels_last: true\n")
     for network, seeds in DENSE.items():
         for seed in seeds:
             out = weights / f"{network}-{seed}.safetensors"

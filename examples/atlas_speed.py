@@ -13,7 +13,6 @@ without that is stated, too.
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from torch import nn
 import tncompress as tnc
 from tncompress.cuts import Cut
 from tncompress.linalg import unfold
+from tncompress.noise import device_name
 from tncompress.tables import markdown_table
 
 NETWORKS = "torchvision:resnet50", "torchvision:vgg16"
@@ -123,10 +123,7 @@ def page(found):
         )
     import tensorly
 
-    cpu = next(
-        (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.machine()
-    )
-    words = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores ({cpu})"
+    words = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores ({device_name()})"
     about = (
         "Made by `make atlas` (`examples/atlas_speed.py`): all convolutions across all cuts, no controls, "
         f"weights as torchvision initialises them with seed 0, float32, {words}, torch {torch.__version__}, "
@@ -144,11 +141,6 @@ def page(found):
     return "\n".join(
         ["# How long an atlas takes", "", about, "", markdown_table(header, lines), "", *notes, ""]
     )
-
-
-def _cpuinfo():
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def main():

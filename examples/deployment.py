@@ -13,7 +13,6 @@ nor times depend on them.
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 import tncompress as tnc
+from tncompress.noise import device_name
 from tncompress.onnx_export import session
 from tncompress.programs import relative_error
 from tncompress.targets import Wanted, export_to
@@ -75,7 +75,7 @@ def machine():
         "date": str(date.today()),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{device_name()}, {torch.get_num_threads()} threads",
     }
 
 
@@ -162,25 +162,33 @@ def latency(name, *, side, batch, times, rounds):
     """Return seconds of a forward pass in onnxruntime, dense and compressed, measured in turns."""
     x = torch.randn(batch, 3, side, side)
     dense = with_statistics(tnc.build_model(f"torchvision:{name}"), x)
-    spec = {"default": {"format": "svd"}, "budget": {"macs": 1 / times}}
+    spec = {"default": {"format": "svd", "round_to": 16}, "budget": {"macs": 1 / times}}
     small = tnc.compress(dense, spec, example_inputs=x[:1])
+    unrounded = tnc.compress(dense, spec | {"default": {"format": "svd"}}, example_inputs=x[:1])
     plan = small.tncompress_plan
+    forms = {
+        "dense": (dense, False),
+        "chain": (small, False),
+        "fused": (small, True),
+        "chain, ranks not rounded": (unrounded, False),
+    }
     runs, errors = {}, {}
     with tempfile.TemporaryDirectory() as place:
-        for form, model, fused in (("dense", dense, False), ("chain", small, False), ("fused", small, True)):
+        for form, (model, fused) in forms.items():
             path = Path(place) / f"{form}.onnx"
             errors[form] = tnc.export_onnx(model, path, x, fused=fused, fold_batchnorm=True)
             runs[form] = session(path, torch.get_num_threads())
         calls = [partial(run.run, None, {"input": x.numpy()}) for run in runs.values()]
         seconds = dict(zip(runs, samples_in_turns(calls, seconds=0.0, rounds=rounds), strict=True))
+    quartiles = {form: np.percentile(found, (25, 50, 75)).tolist() for form, found in seconds.items()}
     return {
         "part": "latency",
         "model": name,
         "batch": batch,
         "side": side,
         "macs_times": plan.macs_dense / plan.macs,
-        "seconds": {form: min(found) for form, found in seconds.items()},
-        "median": {form: float(np.median(found)) for form, found in seconds.items()},
+        "least": {form: min(found) for form, found in seconds.items()},
+        "quartiles": quartiles,
         "differences": errors,
         **machine(),
     }
@@ -233,7 +241,7 @@ def measure(part, small):
         dense, x = backbone_of(small)
         yield from sizes("Faster R-CNN backbone", dense, BACKBONE if not small else {}, x, plain=False)
     elif part == "latency":
-        how = {"side": 32, "batch": 2, "rounds": 2} if small else {"side": 224, "batch": 8, "rounds": 12}
+        how = {"side": 32, "batch": 2, "rounds": 2} if small else {"side": 224, "batch": 8, "rounds": 20}
         yield latency("resnet18" if small else "resnet50", times=3.4, **how)
     elif part == "load":
         yield load(20 if small else 100)

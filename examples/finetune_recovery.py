@@ -34,6 +34,7 @@ import tncompress as tnc
 from tncompress.data import load_data
 from tncompress.gauge import balance_, squared_norm
 from tncompress.measure import num_params
+from tncompress.noise import has_bf16
 from tncompress.repair import reestimate_batchnorm_
 from tncompress.running import copy_model
 from tncompress.slices import SliceDistillation, find_slices
@@ -401,7 +402,8 @@ def parsed(arguments: list | None) -> argparse.Namespace:
     parser.add_argument("--times", type=int, nargs="+", default=tuple(GOALS))
     parser.add_argument("--recipes", nargs="*", default=tuple(RECIPES), choices=RECIPES)
     parser.add_argument("--epochs", type=int, help="of every run, in place of those of the goals")
-    parser.add_argument("--precision", default="bf16", choices=("no", "bf16"))
+    precision = "bf16" if has_bf16() else "no"
+    parser.add_argument("--precision", default=precision, choices=("no", "bf16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--images", type=int, default=IMAGES, help="unlabelled ones")

@@ -111,7 +111,7 @@ def goals(found: Rows) -> str:
             lines += [ahead(found, network, times, of)]
     for row in found.steps:
         for way in row["macs"]:
-            if way != "dense" and row["environment"]["device"] in ("x86_64", "aarch64", "arm64"):
+            if way != "dense" and row["on"] == "cpu":
                 lines.append(faster(row, way))
     return markdown_table(("network", "fewer", "aim", "measured", ""), lines) if lines else "Nothing yet.\n"
 

@@ -41,7 +41,8 @@ def steps(options: argparse.Namespace) -> None:
             continue
         prepare(models[way])
     row = {"network": network, "format": "step", "batch": batch, "precision": options.precision}
-    row["environment"] = environment()
+    row["on"] = x.device.type
+    row["environment"] = environment(device)
     row["macs"] = {name: macs(model, x[:1]) for name, model in models.items()}
     row["peak bytes"] = {name: peak_training_memory(model, x, y) for name, model in models.items()}
     row["forward bytes"] = {name: peak_memory(model, x) for name, model in models.items()}

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import warnings
 
 import pytest
 import torch
@@ -162,6 +164,33 @@ def test_bf16_trains_too(data, trained):
     )
     assert history.accuracy > history.accuracy_start
     assert next(history.model.parameters()).dtype == torch.float32
+
+
+def test_a_processor_that_emulates_bf16_is_named(data, trained, monkeypatch):
+    monkeypatch.setattr("tncompress.engine.has_bf16", lambda device: False)
+    batch = [next(iter(data.train_loader(batch_size=8)))]
+    with pytest.warns(UserWarning, match="bf16 on .+, which does not compute in it: steps may take many"):
+        tnc.finetune(trained[1], batch, {"epochs": 1, "mixed_precision": "bf16"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tnc.finetune(trained[1], batch, {"epochs": 1, "mixed_precision": "no"})
+
+
+def test_each_epoch_leaves_a_line_where_there_is_no_terminal(data, trained, capsys):
+    options = {"val_loader": data.test_loader(), "teacher": trained[0]}
+    config = {"epochs": 2, "local_epochs": 1}
+    history = tnc.finetune(trained[1], data.train_loader(), config, progress=True, **options)
+    lines = capsys.readouterr().err.splitlines()
+    found = [
+        re.fullmatch(r"(.+) epoch (\d) of (\d): loss ([\d.]+), accuracy ([\d.]+) %.*, \d+ s", x)
+        for x in lines
+    ]
+    epochs = [*history.local, *history.epochs, *history.control]
+    labels = [("slices", 1, 1)] + [(name, n, 2) for name in ("tuning", "dense control") for n in (1, 2)]
+    assert [(x[1], int(x[2]), int(x[3])) for x in found] == labels
+    assert [x[5] for x in found] == [f"{100 * epoch.accuracy:.2f}" for epoch in epochs]
+    tnc.finetune(trained[1], data.train_loader(), config, **options)
+    assert capsys.readouterr().err == ""
 
 
 def test_channels_last_is_a_layout_for_the_training_alone(data, trained):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tncompress.bench_table import Bench, Timing, Unmeasured
 from tncompress.freezing import freeze
 from tncompress.measure import device_of
-from tncompress.noise import Load, device_name, hints, settings
+from tncompress.noise import Load, hints, settings
 from tncompress.report import environment
 from tncompress.running import call_model, copy_model, kept_modes
 from tncompress.tables import progress_bar
@@ -94,7 +94,7 @@ def bench(
         tuple(unmeasured),
         reference=next(iter(models)),
         input_shapes=shapes,
-        environment=environment() | {"device": device_name(device), "threads": count},
+        environment=environment(device) | {"threads": count},
         settings=settings(),
         load_before=load.before,
         others=load.others,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tncompress.measure import device_of
+from tncompress.noise import device_name, has_bf16
 from tncompress.randomness import batches_of
 from tncompress.recipe import FinetuneConfig
 from tncompress.running import at_least_float, eval_mode
@@ -78,9 +80,16 @@ def _end_group() -> None:
 def _precision(config: FinetuneConfig, device: torch.device) -> str:
     chosen = config.mixed_precision
     if chosen == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if device.type == "cuda" and has_bf16(device) else "no"
     if chosen == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU, got the CPU: try bf16, or no")
+    if chosen == "bf16" and not has_bf16(device):
+        warnings.warn(
+            f"mixed_precision bf16 on {device_name(device)}, which does not compute in it: steps may take "
+            "many times longer than with mixed_precision no",
+            UserWarning,
+            stacklevel=2,
+        )
     return chosen
 
 

@@ -120,6 +120,15 @@ def device_name(device: torch.device | str = "cpu") -> str:
         return platform.processor() or platform.machine()
 
 
+def has_bf16(device: torch.device | str = "cpu") -> bool:
+    """Say whether the processor or GPU computes in bfloat16, which others emulate many times slower."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return device.type != "cpu" or supported is None or bool(supported())
+
+
 def _own_seconds() -> float:
     taken = os.times()
     return taken.user + taken.system + taken.children_user + taken.children_system

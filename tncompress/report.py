@@ -69,7 +69,7 @@ def report(
         compressed=after,
         plan=plan,
         input_shapes=tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)),
-        environment=environment() | {"device": device_name(device_of(dense))},
+        environment=environment(device_of(dense)),
         layers=layer_figures(dense, small, plan, example_inputs, batches),
         recovery=history if isinstance(history, Recovery) else Recovery.of(history, steps),
         atlas=atlas,
@@ -93,11 +93,10 @@ def _figures(
     )
 
 
-def environment() -> dict[str, str | int]:
+def environment(device: torch.device | str = "cpu") -> dict[str, str | int]:
     """Return where and with what figures are measured."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
-        "device": device,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         **library_versions(),
         "tncompress": tncompress.__version__,  # also run from a checkout

@@ -81,6 +81,12 @@ def watched(items: Sequence[_T], what: str, *, show: bool) -> Iterable[_T]:
     return track(items, description=what, console=Console(stderr=True), transient=True)
 
 
+def progress_line(words: str, *, show: bool) -> None:
+    """Write a line where there is no terminal for a bar: what a log shows of work that takes long."""
+    if show and not sys.stderr.isatty():
+        print(words, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress_bar(total: int, *, show: bool) -> Iterator[Callable[[str], None]]:
     """Yield a function that advances a progress bar, on a terminal, by one and changes its words."""

@@ -23,7 +23,7 @@ from tncompress.history import Epoch
 from tncompress.layers import TNConv
 from tncompress.randomness import batches_of, seed_step
 from tncompress.recipe import FinetuneConfig
-from tncompress.tables import progress_bar
+from tncompress.tables import progress_bar, progress_line
 from tncompress.watching import Position, Watch
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ class Trainer:
         if watch.log is not None:
             told = {"loss": at.epochs[-1].loss, "accuracy": accuracy, "recovery": back}
             watch.log(watch.label, {k: value for k, value in told.items() if value is not None}, at.updates)
+        progress_line(watch.epoch_line(at, epochs), show=watch.progress and self.accelerator.is_main_process)
         self._write()
 
     def _accuracy(self, val_loader: Iterable[Any]) -> float:

@@ -39,6 +39,16 @@ class Watch:
             shown += f", recovery {percent(back, 0)}"
         return shown
 
+    def epoch_line(self, position: Position, epochs: int) -> str:
+        """Return the words of an epoch that has ended."""
+        last = position.epochs[-1]
+        shown = f"{self.label} epoch {position.epoch} of {epochs}: loss {last.loss:.3f}"
+        if last.accuracy is not None:
+            shown += f", accuracy {percent(last.accuracy)}"
+        if (back := self.recovery(last.accuracy)) is not None:
+            shown += f", recovery {percent(back, 0)}"
+        return f"{shown}, {last.seconds:.0f} s"
+
 
 @dataclass
 class Position:

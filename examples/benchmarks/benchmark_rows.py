@@ -2,14 +2,13 @@
 
 import json
 import os
-import platform
 import statistics
 import sys
 from pathlib import Path
 
 import torch
 
-from tncompress.noise import ADVISED, settings
+from tncompress.noise import ADVISED, device_name, settings
 from tncompress.timing import samples_in_turns
 
 ROWS = Path(__file__).parents[2] / "docs" / "benchmarks.jsonl"
@@ -17,13 +16,7 @@ ROWS = Path(__file__).parents[2] / "docs" / "benchmarks.jsonl"
 
 def machine(threads):
     """Return the processor, the threads and the versions that a row is from."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {threads} thread(s), torch {torch.__version__}, float32 unless said"
+    return f"{device_name()}, {threads} thread(s), torch {torch.__version__}, float32 unless said"
 
 
 def environment():

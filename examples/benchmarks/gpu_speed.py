@@ -14,7 +14,6 @@ there are not measured again. Weights are random with seed 0. Nothing but the re
 import argparse
 import json
 import math
-import platform
 import time
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from networks_speed import compressed_to
 from torch import nn
 
 from tncompress.geometry import ConvGeometry
+from tncompress.noise import device_name
 from tncompress.running import copy_model
 from tncompress.tables import markdown_table
 
@@ -150,8 +150,7 @@ def settings(options):
 
 def device_words(device):
     """Return the device and the versions that a row is from."""
-    name = torch.cuda.get_device_name(device) if "cuda" in device else platform.machine()
-    return f"{name}, torch {torch.__version__}"
+    return f"{device_name(device)}, torch {torch.__version__}"
 
 
 def table(rows):

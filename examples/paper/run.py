@@ -23,6 +23,7 @@ import torch
 
 import tncompress as tnc
 from tncompress.data import DataSet, load_data
+from tncompress.noise import has_bf16
 from tncompress.outputs import Images
 from tncompress.report import environment
 
@@ -90,13 +91,13 @@ class Experiment:
                 again["retrain"] = {"epochs": self.setting.epochs, "mixed_precision": self.precision}
                 again["train_loader"] = images.train_loader(seed=self.seed)
                 self.swept(model, images, f"again-{number}", **again)
-        about = {"network": self.network, "data": self.data, "seed": self.seed} | environment()
+        about = {"network": self.network, "data": self.data, "seed": self.seed} | environment(self.device)
         (self.folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
 
     @property
     def precision(self) -> str:
         """Autocast of training: bf16 where the device computes in it."""
-        return "bf16" if self.device == "cpu" else "auto"
+        return "bf16" if self.device == "cpu" and has_bf16() else "auto"
 
     def trained(self, images: DataSet) -> torch.nn.Module:
         """Return the dense network, trained with the command line if there are no weights of it."""
