@@ -64,7 +64,7 @@ recovery: $(VENV)/.test
 	$(BIN)/python examples/finetune_recovery.py page
 
 atlas: $(VENV)/.base
-	$(BIN)/python examples/atlas_speed.py --out docs/atlas_speed.md $(ARGS)
+	$(BIN)/python examples/atlas_speed.py $(ARGS)
 
 deployment: $(VENV)/.base
 	$(BIN)/python examples/deployment.py $(ARGS)

@@ -1,6 +1,6 @@
 """Measure how long the atlas of a network takes, beside full SVDs of the same cuts, and how exact it is.
 
-    python examples/atlas_speed.py --out docs/atlas_speed.md
+    python examples/atlas_speed.py     # appends to docs/atlas_speed.jsonl, writes docs/atlas_speed.md from it
 
 Each network is measured in a process of its own, which tells its largest memory. The atlas runs in full, as
 `tnc.atlas(model)` is called, before anything else is timed. Then every layer's matrix across every cut is
@@ -31,6 +31,7 @@ from tncompress.noise import device_name
 from tncompress.tables import markdown_table
 
 NETWORKS = "torchvision:resnet50", "torchvision:vgg16"
+DOCS = Path(__file__).parents[1] / "docs"
 COUNTED, WITHIN = 1e-2, 1e-4
 """Truncation errors above this count, and are to be within that of the reference."""
 
@@ -61,7 +62,9 @@ def tensorly_svd(matrix):
 
 
 def measure(network, repeats):
-    """Return the times, the memory and the deviations of one network."""
+    """Return the times, the memory and the deviations of one network, and what they were measured on."""
+    import tensorly
+
     torch.manual_seed(0)
     model = tnc.build_model(network).eval()
     tnc.atlas(nn.Sequential(nn.Conv2d(4, 4, 3)))  # the first call loads what it needs
@@ -95,11 +98,15 @@ def measure(network, repeats):
         "once": once,
         "error": worst,
         "value": worst_value,
+        "machine": f"{torch.get_num_threads()} threads on {os.cpu_count()} cores ({device_name()})",
+        "torch": torch.__version__,
+        "tensorly": tensorly.__version__,
     }
 
 
-def page(found):
-    """Return what was measured as Markdown."""
+def page(rows):
+    """Return what was measured last of each network as Markdown."""
+    found = list({row["network"]: row for row in rows}.values())
     header = "network", "convolutions", "rows", "atlas", "memory", "svdvals", "tensorly", "error", "value"
     lines = []
     for each in found:
@@ -121,14 +128,12 @@ def page(found):
                 f"{each['value']:.1e}",
             )
         )
-    import tensorly
-
-    words = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores ({device_name()})"
+    words = ("{machine}, torch {torch}, tensorly {tensorly}".format(**each) for each in found)
     about = (
-        "Made by `make atlas` (`examples/atlas_speed.py`): all convolutions across all cuts, no controls, "
-        f"weights as torchvision initialises them with seed 0, float32, {words}, torch {torch.__version__}, "
-        f"tensorly {tensorly.__version__}. The atlas is the best of {len(found[0]['atlas'])} runs; memory is "
-        "the largest that its process held resident by then, torch and the model included."
+        "Made by `make atlas` (`examples/atlas_speed.py`) from the rows in `atlas_speed.jsonl`: all "
+        "convolutions across all cuts, no controls, weights as torchvision initialises them with seed 0, "
+        f"float32, {'; '.join(dict.fromkeys(words))}. The atlas is the best of {len(found[0]['atlas'])} "
+        "runs; memory is the largest that its process held resident by then, torch and the model included."
     )
     notes = (
         "- **svdvals**, **tensorly**: `torch.linalg.svdvals` and `tensorly.tenalg.svd_interface` on every "
@@ -148,7 +153,8 @@ def main():
     parser.add_argument("--network", action="append", help="as --model of the command; may be repeated")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="cores that torch may use; default: as torch begins")
-    parser.add_argument("--out", type=Path, help="a Markdown file")
+    parser.add_argument("--results", type=Path, default=DOCS / "atlas_speed.jsonl", help="rows are appended")
+    parser.add_argument("--page", type=Path, default=DOCS / "atlas_speed.md")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads:
@@ -156,16 +162,19 @@ def main():
     if options.one:
         print(json.dumps(measure(options.one, options.repeats)))
         return
-    found = []
     for network in options.network or NETWORKS:
         command = [sys.executable, __file__, "--one", network, "--repeats", str(options.repeats)]
         command += ["--threads", str(options.threads)] if options.threads else []
-        found.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
-        text = page(found)
-        if options.out:  # after each network: what is measured is kept
-            options.out.write_text(text, encoding="utf-8")
-        print(f"{network}: {min(found[-1]['atlas']):.2f} s", file=sys.stderr)
-    print(text)
+        row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        with options.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{network}: {min(row['atlas']):.2f} s")
+    options.page.write_text(page(read(options.results)), encoding="utf-8")
+
+
+def read(path):
+    """Return the rows measured so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 if __name__ == "__main__":

@@ -210,6 +210,11 @@ def test_a_table_becomes_a_list_before_a_figure_is_cut(width):
     assert ("┃" in text) == (width >= 3 * 5 + 1 + 15 + 7 + 8 + 5 + 6)
 
 
+def test_figures_of_a_column_end_at_its_right():
+    lines = [line for line in render(table()).splitlines() if "│" in line]
+    assert [line.split("│")[3] for line in lines] == [" 123.45 k ", "        1 "]
+
+
 def test_what_is_printed_of_a_file_name_is_no_markup(folder, run, monkeypatch):
     monkeypatch.chdir(folder)
     name = "made-[red]-[/x]"

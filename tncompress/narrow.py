@@ -37,7 +37,7 @@ class Fitted:
         for column in table.columns:
             figures = column.justify == "right"
             column.no_wrap = figures
-            column.overflow = "ignore" if figures else "fold"
+            column.overflow = "crop" if figures else "fold"  # "ignore" would not be aligned
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         least, most = self._widths(console, options)
