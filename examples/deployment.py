@@ -5,10 +5,10 @@
     python examples/deployment.py --small --results trial.jsonl --page trial.md
 
 `sizes` writes a ResNet-18 whose stages are in four formats, and the dense one, in every form there is, and
-compares the outputs; `backbone` does so for the backbone of torchvision's Faster R-CNN. `latency` times a
-ResNet-50 and its compressed form in onnxruntime, in turns; `load` loads a saved model of 100 MB in a process
-of its own. Rows are appended; the page shows the last one of each kind. Weights are random: neither sizes
-nor times depend on them.
+compares the outputs, `formats` the same in each format by itself; `backbone` does so for the backbone of
+torchvision's Faster R-CNN. `latency` times a ResNet-50 and its compressed form in onnxruntime, in turns;
+`load` loads a saved model of 100 MB in a process of its own. Rows are appended; the page shows the last one
+of each kind. Weights are random: neither sizes nor times depend on them.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from tncompress.targets import Wanted, export_to
 from tncompress.timing import samples_in_turns
 
 DOCS = Path(__file__).parents[1] / "docs"
-PARTS = ("sizes", "backbone", "latency", "load")
+PARTS = ("sizes", "formats", "backbone", "latency", "load")
 MIXED = {
     "default": {"format": "mps", "rank": {"params_ratio": 0.25}},
     "rules": [
@@ -42,6 +42,7 @@ MIXED = {
         {"pattern": "*layer3.*", "format": "tucker"},
     ],
 }
+FORMATS = ("svd", "tucker", "mps", "cp")
 BACKBONE = {
     "default": {"format": "tucker", "rank": {"params_ratio": 0.3}},
     "rules": [
@@ -110,26 +111,27 @@ def forms(model, example, folder, *, compressed, plain):
         yield name, place.stat().st_size, off, time.perf_counter() - begun
 
 
-def sizes(name, dense, spec, example, *, source=None, plain=True):
-    """Yield a row for each form of the dense and the compressed model."""
+def sizes(name, dense, spec, example, *, kind="compressed", source=None, plain=True):
+    """Yield a row for each form of the dense model, unless a format is the kind, and of the compressed."""
     small = tnc.compress(dense, spec, example_inputs=example)
+    models = {"dense": dense, kind: small} if kind == "compressed" else {kind: small}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        for kind, model in (("dense", dense), ("compressed", small)):
-            own = folder / kind
+        for each, model in models.items():
+            own = folder / each
             own.mkdir()
-            if kind == "dense":
+            if each == "dense":
                 tnc.save_weights(model, own / "w.safetensors")
-                yield row("sizes", name, kind, "saved", (own / "w.safetensors").stat().st_size, 0.0, 0.0)
+                yield row("sizes", name, each, "saved", (own / "w.safetensors").stat().st_size, 0.0, 0.0)
             else:
                 begun = time.perf_counter()
                 tnc.save(model, own / "saved", source=source, input_shape=tuple(example.shape[1:]))
                 size = sum(path.stat().st_size for path in (own / "saved").iterdir())
                 took = time.perf_counter() - begun
-                yield row("sizes", name, kind, "saved", size, loaded_off(own, model, dense, example), took)
-            compressed = kind == "compressed"
+                yield row("sizes", name, each, "saved", size, loaded_off(own, model, dense, example), took)
+            compressed = each != "dense"
             for form, size, off, took in forms(model, example, own, compressed=compressed, plain=plain):
-                yield row("sizes", name, kind, form, size, off, took)
+                yield row("sizes", name, each, form, size, off, took)
 
 
 def loaded_off(folder, model, dense, example):
@@ -232,11 +234,16 @@ def backbone_of(small):
 def measure(part, small):
     """Yield the rows of one part."""
     torch.manual_seed(0)
-    if part == "sizes":
+    if part in ("sizes", "formats"):
         x = torch.randn(4, 3, 64 if small else 224, 64 if small else 224)
         source = {"source": "torchvision:resnet18"}
-        spec = {**MIXED, "keep_dense": ["stem", "classifier", *(["layer[34].*"] if small else [])]}
-        yield from sizes("resnet18", with_statistics(tnc.build_model(**source), x), spec, x, source=source)
+        dense = with_statistics(tnc.build_model(**source), x)
+        kept = {"keep_dense": ["stem", "classifier", *(["layer[34].*"] if small else [])]}
+        if part == "sizes":
+            yield from sizes("resnet18", dense, MIXED | kept, x, source=source)
+        for name in FORMATS if part == "formats" else ():
+            spec = {"default": {"format": name, "rank": {"params_ratio": 0.25}}, **kept}
+            yield from sizes("resnet18", dense, spec, x, kind=name, source=source, plain=False)
     elif part == "backbone":
         dense, x = backbone_of(small)
         yield from sizes("Faster R-CNN backbone", dense, BACKBONE if not small else {}, x, plain=False)

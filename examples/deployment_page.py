@@ -22,7 +22,10 @@ def page(path: Path) -> str:
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     parts = [HEAD]
     for model in dict.fromkeys(row["model"] for row in rows if row["part"] == "sizes"):
-        parts.append(sizes(model, [row for row in rows if row["part"] == "sizes" and row["model"] == model]))
+        own = [row for row in rows if row["part"] == "sizes" and row["model"] == model]
+        parts.append(sizes(model, own))
+        if any(row["kind"] not in ("dense", "compressed") for row in own):
+            parts.append(formats(model, own))
     for part, words in (("latency", latency), ("load", load)):
         found = {row["model"]: row for row in rows if row["part"] == part}
         parts += [words(row) for row in found.values()]
@@ -38,17 +41,37 @@ def sizes(model: str, rows: list) -> str:
             continue
         dense = last.get(("dense", {"stripped": "saved", "merged": "saved"}.get(form, form)))
         size = dense["bytes"] if dense else None
-        off = "the same bits" if row["difference"] == 0 else f"{row['difference']:.1e}"
-        told = [f"{count(size)}B" if size else "-", f"{count(row['bytes'])}B", ratio(size, row["bytes"]), off]
-        lines.append([form, *told])
+        told = [f"{count(size)}B" if size else "-", f"{count(row['bytes'])}B", ratio(size, row["bytes"])]
+        lines.append([form, *told, shown_off(row)])
     header = ("form", "dense", "compressed", "smaller", "output off by")
-    where = rows[-1]
+    where = next(row for row in reversed(rows) if row["kind"] == "compressed")
     return (
         f"## {model}: size on disk and agreement\n\n{markdown_table(header, lines)}\n\n"
         "*saved* is the folder of `tnc.save`, loaded again; *merged* the dense layers that the compressed "
         "ones stand for. The output is compared with that of the compressed model in PyTorch, over its "
         f"largest value; int8 with the float ONNX model. {place(where)}\n"
     )
+
+
+def formats(model: str, rows: list) -> str:
+    """Return the table of what the forms of each format by itself take, and how far they are off."""
+    last = {(row["kind"], row["form"]): row for row in rows}
+    kinds = dict.fromkeys(row["kind"] for row in rows if row["kind"] not in ("dense", "compressed"))
+    forms = list(dict.fromkeys(form for kind, form in last if kind in kinds))
+    lines = []
+    for kind in kinds:
+        cells = [f"{count(last[kind, form]['bytes'])}B, {shown_off(last[kind, form])}" for form in forms]
+        lines.append([kind, *cells])
+    where = next(row for row in reversed(rows) if row["kind"] in kinds)
+    return (
+        f"## {model} in one format\n\nA quarter of the parameters of each layer: size on disk, and how far "
+        f"the output is off.\n\n{markdown_table(('format', *forms), lines)}\n\n{place(where)}\n"
+    )
+
+
+def shown_off(row: dict) -> str:
+    """Return how far an output is off, in words."""
+    return "the same bits" if row["difference"] == 0 else f"{row['difference']:.1e}"
 
 
 def latency(row: dict) -> str:

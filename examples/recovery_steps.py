@@ -27,13 +27,13 @@ WAYS = {
 def steps(options: argparse.Namespace) -> None:
     """Append what a training step takes, dense and at a quarter of the MACs, in turns, and its memory."""
     network, device, batch = options.network, options.device, options.batch
-    shape = (3, 224, 224) if network == "resnet50" else (1, 28, 28)
+    shape, multiple = ((3, 224, 224), 16) if network == "resnet50" else ((1, 28, 28), 8)
     dense = tnc.build_model(f"zoo:{network}", num_classes=10, in_channels=shape[0]).to(device)
     x = torch.randn(batch, *shape, device=device)
     y = torch.randint(10, (batch,), device=device)
     models = {"dense": dense}
     for way, (format, prepare) in WAYS.items():
-        spec = {"default": {"format": format}, "budget": {"macs": 0.25}}
+        spec = {"default": {"format": format, "round_to": multiple}, "budget": {"macs": 0.25}}
         try:
             models[way] = tnc.compress(dense, spec, example_inputs=x[:1])
         except ValueError as error:

@@ -282,6 +282,8 @@ def test_the_page_on_deployment_says_the_last_of_each_kind(tmp_path):
         size("compressed", "saved", 1000),
         size("compressed", "stripped", 1000),
         size("compressed", "ONNX", 1025, 2e-7),
+        size("mps", "saved", 2000),
+        size("mps", "ONNX", 2010, 3e-7),
         {"part": "latency", "model": "r", "batch": 8, "side": 224, "macs_times": 3.41, **ROW}
         | {"least": times, "quartiles": quartiles},
         {"part": "load", "model": "v", "bytes": 10**8, "dense_bytes": 5 * 10**8, **ROW}
@@ -293,6 +295,7 @@ def test_the_page_on_deployment_says_the_last_of_each_kind(tmp_path):
     assert "| saved | 4 kB | 1 kB | 4.00x | the same bits |" in page
     assert "| stripped | 4 kB | 1 kB | 4.00x | the same bits |" in page
     assert "| ONNX | 4.1 kB | 1.02 kB | 4.00x | 2.0e-07 |" in page
+    assert "| mps | 2 kB, the same bits | 2.01 kB, 3.0e-07 |" in page
     assert "| fused | 400 ms | 360 ms | 400 ms | 440 ms | 2.00x |" in page
     assert "The goal of 2.2x is missed: 2.00x." in page
     assert "loads in 0.50 s" in page
