@@ -104,6 +104,13 @@ def test_what_is_exported_is_merged_and_folded_beforehand(small, fused, fold):
     assert_close(ready(x), small(x), rtol=1e-4, atol=1e-5)
 
 
+def test_an_input_that_the_model_does_not_take_is_named(small, tmp_path):
+    with pytest.raises(RuntimeError) as raised:
+        tnc.export_onnx(small, tmp_path / "m.onnx", torch.randn(1, 7, 9, 9))
+    assert "was run on torch.float32 (3, 7, 9, 9)" in raised.value.__notes__[0]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_can_not_be_followed_is_not_folded(tmp_path):
     class Branching(nn.Module):
         def __init__(self):

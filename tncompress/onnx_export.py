@@ -15,7 +15,7 @@ from tncompress.cost_model import choose_contractions_
 from tncompress.discovery import refuse_wrapped
 from tncompress.freezing import frozen_graph
 from tncompress.programs import relative_error
-from tncompress.running import copy_model, eval_mode
+from tncompress.running import call_model, copy_model, eval_mode
 from tncompress.storage import new_file
 from tncompress.textfiles import one_line
 
@@ -55,7 +55,7 @@ def export_onnx(
     batch = torch.export.Dim("batch", min=1)
     with new_file(path, overwrite=overwrite) as fresh, eval_mode(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wanted = model(other)
+        wanted = call_model(model, other)
         count = len(tree_leaves(wanted))
         torch.onnx.export(
             _prepared(model, traced, fused=fused, fold_batchnorm=fold_batchnorm),
