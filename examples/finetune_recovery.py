@@ -59,6 +59,7 @@ RECIPES = {
     "rate x 0.1": {"lr": 0.002},
     "factors' rate x 0.25": {"lr_factors": 0.005},
     "adamw": {"optimizer": "adamw"},
+    "adamw, rate x 0.5": {"optimizer": "adamw", "lr": 5e-4},
     "ema": {"ema": 0.998},
 }
 PARTS = ("goals", "peers", "controls", "recipes", "time", "curves")
