@@ -13,6 +13,7 @@ of each kind. Weights are random: neither sizes nor times depend on them.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -53,8 +54,9 @@ BACKBONE = {
 FRESH = """
 import sys, torch, tncompress as tnc
 torch.set_num_threads(int(sys.argv[2]))
+onto, x = torch.load(sys.argv[1] + "/onto.pt", weights_only=False)
 with torch.no_grad():
-    torch.save(tnc.load(sys.argv[1] + "/saved")(torch.load(sys.argv[1] + "/x.pt")), sys.argv[1] + "/y.pt")
+    torch.save(dict(y=tnc.load(sys.argv[1] + "/saved", onto)(x)), sys.argv[1] + "/y.pt")
 """
 LOADING = """
 import sys, time, json, torch, torchvision, tncompress as tnc
@@ -135,16 +137,14 @@ def sizes(name, dense, spec, example, *, kind="compressed", source=None, plain=T
 
 
 def loaded_off(folder, model, dense, example):
-    """Return how far a loaded model is off: in a fresh process, where it is known how to build it."""
+    """Return how far a model is off that a fresh process loads: built there, or onto the dense one."""
     with torch.no_grad():
         wanted = model(example)
-    recorded = tnc.read_saved(folder / "saved").source
-    if recorded is None:
-        with torch.no_grad():
-            return relative_error(tnc.load(folder / "saved", dense)(example), wanted)
-    torch.save(example, folder / "x.pt")
-    subprocess.run([sys.executable, "-c", FRESH, str(folder), str(torch.get_num_threads())], check=True)
-    return relative_error(torch.load(folder / "y.pt"), wanted)
+    onto = dense if tnc.read_saved(folder / "saved").source is None else None
+    torch.save((onto, example), folder / "onto.pt")
+    command = [sys.executable, "-c", FRESH, str(folder), str(torch.get_num_threads())]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    return relative_error(torch.load(folder / "y.pt")["y"], wanted)
 
 
 def row(part, model, kind, form, size, off, took):

@@ -93,8 +93,8 @@ def latency(row: dict) -> str:
     return (
         f"## {row['model']} in onnxruntime\n\nBatch {row['batch']}, images of {row['side']} pixels, "
         f"{row['macs_times']:.2f}x fewer MACs (svd, ranks in multiples of 16), BatchNorm folded.\n\n"
-        f"{table}\n\nThe goal of 2.2x {goal}: {best:.2f}x. onnxruntime computes channels in blocks, so that "
-        "ranks between two multiples of 16 cost as much as the larger one: set `round_to: 16` in the spec. "
+        f"{table}\n\nThe goal of 2.2x {goal}: {best:.2f}x. The ranks of the last row have as many "
+        "MACs, but are no multiples of 16: set `round_to: 16` in the spec. "
         f"{place(row)}\n"
     )
 

@@ -1,5 +1,6 @@
 """The comparison of accuracies: its rows on a small setting, and the page made of them."""
 
+import json
 from pathlib import Path
 
 import accuracy_at_size
@@ -88,3 +89,11 @@ def test_tltorch_holds_no_more_than_asked_for(small):
     for factorization in ("CP", "Tucker", "TT"):
         model = accuracy_at_size.tltorch_model(bench, factorization, 8)
         assert accuracy_at_size.conv_params(model) <= bench.conv / 8
+
+
+def test_rows_of_other_weights_are_not_added_to(small, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    row = {"network": "cnn4", "seeds": [0, 0], "step": "dense", "accuracy": 1.25}
+    rows.write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit, match=r"accuracy of 1\.25, these weights have"):
+        accuracy_at_size.Bench("cnn4", (0, 0), small, rows)

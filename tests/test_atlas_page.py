@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -386,7 +387,12 @@ def test_the_error_of_work_side_by_side_is_that_of_the_first_item_which_has_one(
 
 
 def test_an_atlas_is_the_same_on_any_number_of_cores(monkeypatch):
+    """But for rounding: LAPACK's last digits depend on where in memory a matrix lies."""
     model = nn.Sequential(*(nn.Conv2d(6, 5 + i, 3) for i in range(6)))
     alone = tnc.atlas(model, controls=("random", "shuffled"))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert tnc.atlas(model, controls=("random", "shuffled")) == alone
+    beside = tnc.atlas(model, controls=("random", "shuffled"))
+    assert len(beside.rows) == len(alone.rows)
+    for row, other in zip(beside.rows, alone.rows, strict=True):
+        assert row.spectrum == pytest.approx(other.spectrum, rel=1e-10)
+        assert replace(row, spectrum=other.spectrum) == other
