@@ -180,6 +180,12 @@ def latency(name, *, side, batch, times, rounds):
             path = Path(place) / f"{form}.onnx"
             errors[form] = tnc.export_onnx(model, path, x, fused=fused, fold_batchnorm=True)
             runs[form] = session(path, torch.get_num_threads())
+        for form in ("dense", "fused"):
+            path, own = Path(place) / f"{form}.onnx", f"{form}, int8"
+            tnc.quantize_onnx(path, path.with_stem(own), [torch.randn_like(x) for _ in range(4)])
+            runs[own] = session(path.with_stem(own), torch.get_num_threads())
+            found, exact = (runs[name].run(None, {"input": x.numpy()})[0] for name in (own, form))
+            errors[own] = float(relative_error(torch.from_numpy(found), torch.from_numpy(exact)))
         calls = [partial(run.run, None, {"input": x.numpy()}) for run in runs.values()]
         seconds = dict(zip(runs, samples_in_turns(calls, seconds=0.0, rounds=rounds), strict=True))
     quartiles = {form: np.percentile(found, (25, 50, 75)).tolist() for form, found in seconds.items()}
