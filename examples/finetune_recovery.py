@@ -8,10 +8,11 @@
 
 Convolution parameters are cut 4, 8 and 16 times under a budget over all layers, fitted on 1,024 unlabelled
 images and repaired on them; then come epochs with labels. Beside each run stand the dense model trained for
-as many epochs more, the same shape trained from scratch (at five times the learning rate), and tltorch's
-layers at the same parameters with the same recipe, after their BatchNorm statistics were taken again. The
-dense models are those of ``accuracy_at_size.py train``, in ``--weights``. A run that is stopped goes on where
-it was; a row, once there, is not measured again. Rows go to docs/recovery.jsonl, times as they were here.
+as many epochs more (with the same recipe, and with SGD), the same shape trained from scratch (SGD at 0.1),
+and tltorch's layers at the same parameters with the same recipe, after their BatchNorm was taken again. The
+dense models were trained by ``accuracy_at_size.py train``: see ``examples/weights/README.md``. A run that
+is stopped goes on where it was; a row, once there, is not measured again. Rows go to docs/recovery.jsonl,
+times as they were here.
 """
 
 import argparse
@@ -43,7 +44,11 @@ IMAGES, SEEDS = 1024, {"cnn4": (0, 1, 2), "resnet20": (0,)}
 GOALS = {4: 3, 8: 5, 16: 5}
 """After how many epochs a goal is set, by how many times fewer parameters there are."""
 FORMATS = ("mps", "tucker", "cp", "auto")
+CONTROLS = ("global", "sgd")
+"""How the dense model is trained as many epochs more: the better of the two is compared with."""
 PEERS = {"tltorch CP": "CP", "tltorch Tucker": "Tucker", "tltorch TT": "TT"}
+BASE = {"optimizer": "adamw", "lr": 5e-4}
+"""What every training here has, unless its recipe says otherwise; SGD at 0.02 is the library's default."""
 RECIPES = {
     "global": {},
     "local": {"epochs": 0},
@@ -54,14 +59,14 @@ RECIPES = {
     "frobenius": {"frobenius_decay": 5e-4},
     "balanced": {"balance": True},
     "rebalanced": {"balance": True, "rebalance_every": 200},
-    "rate x 0.5": {"lr": 0.01},
-    "rate x 0.25": {"lr": 0.005},
-    "rate x 0.1": {"lr": 0.002},
-    "factors' rate x 0.25": {"lr_factors": 0.005},
-    "adamw": {"optimizer": "adamw"},
-    "adamw, rate x 0.5": {"optimizer": "adamw", "lr": 5e-4},
+    "rate x 2": {"lr": 1e-3},
+    "rate x 0.5": {"lr": 2.5e-4},
+    "factors' rate x 0.5": {"lr_factors": 2.5e-4},
     "ema": {"ema": 0.998},
+    "sgd": {"optimizer": "sgd", "lr": 0.02},
+    "sgd, rate x 0.25": {"optimizer": "sgd", "lr": 0.005},
 }
+SCRATCH = {"optimizer": "sgd", "lr": 0.1}
 PARTS = ("goals", "peers", "controls", "recipes", "time", "curves")
 KEY = ("network", "seed", "times", "format", "recipe", "of", "epoch")
 HERE = Path(__file__).parent
@@ -95,7 +100,8 @@ def runs_of(part: str, options: argparse.Namespace) -> Iterator[Run]:
     """Yield the trainings of a part, in the order in which they are carried out."""
     points = [(times, options.epochs or GOALS.get(times, 5)) for times in options.times]
     if part == "goals":
-        yield from (Run("dense control", of) for of in dict.fromkeys(of for _, of in points))
+        lengths = dict.fromkeys(of for _, of in points)
+        yield from (Run("dense control", of, recipe=name) for of in lengths for name in CONTROLS)
         yield from (Run("auto", of, times, "global") for times, of in points)
     elif part == "peers":
         peers = ["tltorch CP"] if options.brief else PEERS
@@ -111,7 +117,7 @@ def runs_of(part: str, options: argparse.Namespace) -> Iterator[Run]:
                 yield from (Run("auto", of, times, name) for name in ("global", *names))
     else:  # the other lengths
         lengths = [options.epochs] if options.epochs else sorted(set(GOALS.values()))
-        yield from (Run("dense control", of) for of in lengths)
+        yield from (Run("dense control", of, recipe=name) for of in lengths for name in CONTROLS)
         for times in options.times:
             yield from (
                 Run(name, of, times, "global") for of in lengths for name in (*options.formats, *PEERS)
@@ -224,12 +230,12 @@ class Bench:
 
     def tuned(self, run: Run, place: Path) -> tuple:
         """Return the model of a run, its epochs, and what else is told of them."""
-        settings, about, of = dict(RECIPES.get(run.recipe or "", {})), {}, run.of
+        settings, about, of = BASE | RECIPES.get(run.recipe or "", {}), {}, run.of
         model = self.dense if run.times is None else self.start(run.format, run.times)
         if run.recipe == "scratch":
-            model, settings = from_scratch(model, self.seed), {"lr": 0.1}
+            model, settings = from_scratch(model, self.seed), dict(SCRATCH)
         elif run.format in PEERS:
-            settings = {"weight_decay": 0.0}  # like ours, their factors are not decayed
+            settings |= {"weight_decay": 0.0}  # like ours, their factors are not decayed
         local = of if settings.get("epochs") == 0 else settings.get("local_epochs", 0)
         if (run.recipe or "").endswith("equal time"):
             pace = self.pace(model)
@@ -261,7 +267,7 @@ class Bench:
             self.dense,
             self.spec(run.format, run.times or 1),
             self.data.train_loader(seed=self.seed),
-            self.recipe(epochs=max(1, run.of - 2)),
+            self.recipe(**BASE | {"epochs": max(1, run.of - 2)}),
             rounds=min(3, run.of),
             images=self.batches,
             val_loader=self.data.test_loader(),
@@ -410,7 +416,7 @@ def parsed(arguments: list | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=IMAGES, help="unlabelled ones")
     parser.add_argument("--batch", type=int, default=64, help="of a timed step")
     parser.add_argument("--rounds", type=int, default=12, help="of timing a step")
-    parser.add_argument("--weights", type=Path, default=Path("accuracy-weights"))
+    parser.add_argument("--weights", type=Path, default=HERE / "weights")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "recovery.md", help="of page")
     options = parser.parse_args(arguments)

@@ -200,11 +200,12 @@ def test_recovery_is_measured_once_and_beside_its_controls(tmp_path, capsys):
     text = (tmp_path / "rows.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     told = [(row["format"], row.get("recipe"), row.get("of"), row["epoch"]) for row in rows]
-    assert told[:2] == [("dense", None, None, 0), ("dense control", None, 1, 1)]
+    controls = [("dense control", recipe, 1, 1) for recipe in ("global", "sgd")]
+    assert told[:3] == [("dense", None, None, 0), *controls]
     before = ("truncated", None, 0), ("repaired", None, 0)
-    assert told[2:5] == [("auto", *row) for row in (*before, ("global", 1, 1))]
-    assert told[5:9] == [("mps", *row) for row in (*before, ("global", 1, 1), ("scratch", 1, 1))]
-    assert told[9:] == [("auto", "local", 1, 1)]
+    assert told[3:6] == [("auto", *row) for row in (*before, ("global", 1, 1))]
+    assert told[6:10] == [("mps", *row) for row in (*before, ("global", 1, 1), ("scratch", 1, 1))]
+    assert told[10:] == [("auto", "local", 1, 1)]
     assert all(0.05 < row["params"] < 0.14 for row in rows if row.get("of") and row.get("times"))
     finetune_recovery.main(["measure", *places, *few, *parts])
     assert (tmp_path / "rows.jsonl").read_text() == text
@@ -221,7 +222,9 @@ def made(accuracies: dict, **rest) -> list:
 
 
 def test_the_page_sets_goals_beside_what_was_measured():
-    rows = made({0: 93.0, 1: 92.0}, format="dense control", of=3, epoch=3)
+    control = {"format": "dense control", "of": 3, "epoch": 3}
+    rows = made({0: 92.9, 1: 92.0}, recipe="global", **control)
+    rows += made({0: 93.0, 1: 92.0}, recipe="sgd", **control)
     tuned = {"times": 4, "recipe": "global", "of": 3}
     rows += made({0: 92.95, 1: 91.95}, format="auto", epoch=3, **tuned)
     rows += made({0: 92.9, 1: 92.0, 2: 50.0}, format="tltorch CP", epoch=3, **tuned)
@@ -229,6 +232,7 @@ def test_the_page_sets_goals_beside_what_was_measured():
     page = recovery_page.page(rows)
     assert "| at most 0.1 below" not in page
     aim = "after 3 epochs at most 0.1 below the dense control"
+    assert "| 1x | dense control | 3 epochs, SGD |" in page
     assert f"| cnn4 | 4x | {aim} | 0.05 ± 0.00 (92.45 ± 0.71 beside 92.50 ± 0.71) | met |" in page
     assert "| +0.00 (tltorch CP) |" in page
     assert "**not met**" in page
