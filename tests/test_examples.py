@@ -217,6 +217,17 @@ def test_recovery_is_measured_once_and_beside_its_controls(tmp_path, capsys):
     assert f"| 8x | mps | from scratch, 1 epochs |  |  | {accuracy:.2f} |" in page
 
 
+@pytest.mark.slow
+def test_a_step_is_measured_in_every_way(tmp_path):
+    results = tmp_path / "rows.jsonl"
+    finetune_recovery.main(["steps", "--results", str(results), "--batch", "2", "--rounds", "1"])
+    row = json.loads(results.read_text())
+    ways = {"dense", "mixed", "separable", "tucker", "mixed, checkpointing"}
+    for told in ("macs", "peak bytes", "forward bytes", "channels first", "channels last"):
+        assert set(row[told]) == ways
+    assert row["macs"]["mixed, checkpointing"] == row["macs"]["mixed"] < row["macs"]["dense"] / 3.9
+
+
 def made(accuracies: dict, **rest) -> list:
     return [{"network": "cnn4", "seed": seed, "accuracy": value} | rest for seed, value in accuracies.items()]
 

@@ -15,7 +15,7 @@ INTRO = """# Speed
 Everything here is written by `examples/benchmarks/layers_speed.py page` from the rows in
 `docs/benchmarks.jsonl`, which the scripts in that folder append. All variants of one setting take turns in
 one process (torch.utils.benchmark), ten rounds of about the same length each; medians count, and speed-ups
-are ratios of medians of one run. Weights are random with seed 0.
+are ratios of medians of one run. Weights are random with seed 0. Each machine has a section of its own.
 
 The *advised* environment, to be set before Python starts:
 
@@ -37,13 +37,14 @@ GOALS = {("svd", 8): 3.4, ("tucker", 8): 3.4, ("mps", 8): 3.1, ("svd", 1): 2.8, 
 
 
 def write_page(rows, path):
-    """Write the page of all rows."""
+    """Write the page of all rows, machine by machine."""
     words = " \\\n".join(f"{key}={value}" for key, value in ADVISED.items())
     parts = [INTRO.format(settings=f"{words} \\\npython ...")]
-    parts.append("Measured on: " + "; ".join(sorted({row["machine"] for row in rows})) + ".\n")
-    for kind, section in SECTIONS.items():
-        if own := [row for row in rows if row["kind"] == kind]:
-            parts.append(section(own))
+    for machine in dict.fromkeys(row["machine"] for row in rows):
+        parts.append(f"## On {machine}\n")
+        for kind, section in SECTIONS.items():
+            if own := [row for row in rows if row["kind"] == kind and row["machine"] == machine]:
+                parts.append(f"#{section(own)}")  # one level down
     path.write_text("\n".join(parts))
 
 
