@@ -9,7 +9,7 @@ import torch
 
 import tncompress as tnc
 from tncompress.cli import app
-from tncompress.data import load_data
+from tncompress.data import DataSet, load_data
 from tncompress.recovery_record import Step, read_recovery
 from tncompress.trainer import Trainer
 
@@ -246,6 +246,22 @@ def test_train_writes_weights(run, tmp_path):
     model = tnc.build_model("zoo:cnn4")
     tnc.load_weights(model, tmp_path / "w.safetensors")
     assert tnc.evaluate(model, load_data("digits").test_loader()).accuracy == found["accuracy"]
+
+
+def test_images_are_augmented_unless_told_otherwise(run, trained, monkeypatch):
+    asked = []
+
+    def loader(self, **how):
+        asked.append(how)
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(DataSet, "train_loader", loader)
+    for option, wanted in (("", True), ("--no-augment", False)):
+        run(f"train --model zoo:cnn4 --data digits --out d.safetensors {option}", code=1)
+        run(f"finetune small --data digits --out t {option}", code=1)
+        run(f"progressive --model zoo:cnn4 --data digits --spec spec.yaml --out p {option}", code=1)
+        assert asked == 3 * [{"seed": 0, "augment": wanted}]
+        asked.clear()
 
 
 FACTORY = """

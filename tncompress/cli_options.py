@@ -75,6 +75,12 @@ DeviceOption = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of shuffling, augmentation and dropout.")]
+AugmentOption = Annotated[
+    bool,
+    typer.Option(
+        "--augment/--no-augment", help="Shift and flip training images; a few epochs may do better without."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there already.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

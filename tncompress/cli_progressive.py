@@ -45,6 +45,7 @@ def progressive(
     data_dir: cli.DataDirOption = None,
     device: cli.DeviceOption = "auto",
     seed: cli.SeedOption = 0,
+    augment: cli.AugmentOption = True,
     as_json: cli.JsonOption = False,
     overwrite: cli.OverwriteOption = False,
     debug: cli.DebugOption = False,
@@ -65,7 +66,7 @@ def progressive(
         made = tnc.progressive(
             dense,
             asked,
-            loaded.train_loader(seed=seed),
+            loaded.train_loader(seed=seed, augment=augment),
             settings,
             rounds=rounds,
             between=middle,

@@ -55,6 +55,7 @@ def train(
     data_dir: cli.DataDirOption = None,
     device: cli.DeviceOption = "auto",
     seed: cli.SeedOption = 0,
+    augment: cli.AugmentOption = True,
     as_json: cli.JsonOption = False,
     overwrite: cli.OverwriteOption = False,
     debug: cli.DebugOption = False,
@@ -72,7 +73,7 @@ def train(
             torch.manual_seed(seed)
             built, _ = cli.open_model(model, None, images)
         built = built.to(cli.pick_device(device))
-        loader, test = images.train_loader(seed=seed), images.test_loader()
+        loader, test = images.train_loader(seed=seed, augment=augment), images.test_loader()
         done = train_(built, loader, settings, val_loader=test, progress=not as_json, label=model)
         save_weights(built, fresh)
     cli.show({"accuracy": done[-1].accuracy, "weights": str(out)}, as_json=as_json)
@@ -107,6 +108,7 @@ def finetune(
     data_dir: cli.DataDirOption = None,
     device: cli.DeviceOption = "auto",
     seed: cli.SeedOption = 0,
+    augment: cli.AugmentOption = True,
     as_json: cli.JsonOption = False,
     overwrite: cli.OverwriteOption = False,
     debug: cli.DebugOption = False,
@@ -135,7 +137,7 @@ def finetune(
         small, dense, origin = cli.open_folder(folder, model, weights, where)
         history = tnc.finetune(
             small,
-            images.train_loader(seed=seed),
+            images.train_loader(seed=seed, augment=augment),
             settings,
             teacher=dense,
             val_loader=images.test_loader(),
