@@ -8,7 +8,7 @@
 
 Convolution parameters are cut 4, 8 and 16 times under a budget over all layers, fitted on 1,024 unlabelled
 images and repaired on them; then come epochs with labels. Beside each run stand the dense model trained for
-as many epochs more (with the same recipe, and with SGD), the same shape trained from scratch (SGD at 0.1),
+as many epochs more, the same shape trained from scratch (SGD at 0.1),
 and tltorch's layers at the same parameters with the same recipe, after their BatchNorm was taken again. The
 dense models were trained by ``accuracy_at_size.py train``: see ``examples/weights/README.md``. A run that
 is stopped goes on where it was; a row, once there, is not measured again. Rows go to docs/recovery.jsonl,
@@ -44,18 +44,18 @@ IMAGES, SEEDS = 1024, {"cnn4": (0, 1, 2), "resnet20": (0,)}
 GOALS = {4: 3, 8: 5, 16: 5}
 """After how many epochs a goal is set, by how many times fewer parameters there are."""
 FORMATS = ("mps", "tucker", "cp", "auto")
-CONTROLS = ("global", "sgd")
-"""How the dense model is trained as many epochs more: the better of the two is compared with."""
+CONTROLS = ("global", "sgd", "augmented", "library's default")
+"""How the dense model is trained as many epochs more; the others only where recipes are compared."""
 PEERS = {"tltorch CP": "CP", "tltorch Tucker": "Tucker", "tltorch TT": "TT"}
-BASE = {"optimizer": "adamw", "lr": 5e-4}
-"""What every training here has, unless its recipe says otherwise; SGD at 0.02 is the library's default."""
+BASE = {"optimizer": "adamw", "lr": 5e-4, "distill": 0.0, "augment": False}
+"""What every training here has, unless its recipe says otherwise."""
 RECIPES = {
     "global": {},
     "local": {"epochs": 0},
     "hybrid": {"local_epochs": 1},
     "progressive": {},
     "features": {"features": 0.1},
-    "no distillation": {"distill": 0.0},
+    "distillation": {"distill": 1.0},
     "frobenius": {"frobenius_decay": 5e-4},
     "balanced": {"balance": True},
     "rebalanced": {"balance": True, "rebalance_every": 200},
@@ -63,8 +63,10 @@ RECIPES = {
     "rate x 0.5": {"lr": 2.5e-4},
     "factors' rate x 0.5": {"lr_factors": 2.5e-4},
     "ema": {"ema": 0.998},
+    "augmented": {"augment": True},
+    "augmented, distillation": {"augment": True, "distill": 1.0},
     "sgd": {"optimizer": "sgd", "lr": 0.02},
-    "sgd, rate x 0.25": {"optimizer": "sgd", "lr": 0.005},
+    "library's default": {"optimizer": "sgd", "lr": 0.02, "augment": True, "distill": 1.0},
 }
 SCRATCH = {"optimizer": "sgd", "lr": 0.1}
 PARTS = ("goals", "peers", "controls", "recipes", "time", "curves")
@@ -101,7 +103,7 @@ def runs_of(part: str, options: argparse.Namespace) -> Iterator[Run]:
     points = [(times, options.epochs or GOALS.get(times, 5)) for times in options.times]
     if part == "goals":
         lengths = dict.fromkeys(of for _, of in points)
-        yield from (Run("dense control", of, recipe=name) for of in lengths for name in CONTROLS)
+        yield from (Run("dense control", of, recipe="global") for of in lengths)
         yield from (Run("auto", of, times, "global") for times, of in points)
     elif part == "peers":
         peers = ["tltorch CP"] if options.brief else PEERS
@@ -115,9 +117,11 @@ def runs_of(part: str, options: argparse.Namespace) -> Iterator[Run]:
         for times, of in points:
             if times == 8 or len(points) == 1:
                 yield from (Run("auto", of, times, name) for name in ("global", *names))
+                if part == "recipes":
+                    yield from (Run("dense control", of, recipe=name) for name in CONTROLS if name in names)
     else:  # the other lengths
         lengths = [options.epochs] if options.epochs else sorted(set(GOALS.values()))
-        yield from (Run("dense control", of, recipe=name) for of in lengths for name in CONTROLS)
+        yield from (Run("dense control", of, recipe="global") for of in lengths)
         for times in options.times:
             yield from (
                 Run(name, of, times, "global") for of in lengths for name in (*options.formats, *PEERS)
@@ -233,7 +237,7 @@ class Bench:
         settings, about, of = BASE | RECIPES.get(run.recipe or "", {}), {}, run.of
         model = self.dense if run.times is None else self.start(run.format, run.times)
         if run.recipe == "scratch":
-            model, settings = from_scratch(model, self.seed), dict(SCRATCH)
+            model, settings = from_scratch(model, self.seed), BASE | SCRATCH
         elif run.format in PEERS:
             settings |= {"weight_decay": 0.0}  # like ours, their factors are not decayed
         local = of if settings.get("epochs") == 0 else settings.get("local_epochs", 0)
@@ -248,7 +252,7 @@ class Bench:
             rest = of - local
         history = tnc.finetune(
             model,
-            self.data.train_loader(seed=self.seed),
+            self.data.train_loader(seed=self.seed, augment=settings.pop("augment")),
             self.recipe(**settings | {"local_epochs": local, "epochs": rest}),
             teacher=self.dense if run.times is not None else None,
             val_loader=self.data.test_loader(),
@@ -263,11 +267,12 @@ class Bench:
 
     def progressive(self, run: Run, place: Path) -> tuple:
         """Return the model of a run in rounds, the epochs of all rounds, and nothing else to tell."""
+        settings = BASE | {"epochs": max(1, run.of - 2)}
         made = tnc.progressive(
             self.dense,
             self.spec(run.format, run.times or 1),
-            self.data.train_loader(seed=self.seed),
-            self.recipe(**BASE | {"epochs": max(1, run.of - 2)}),
+            self.data.train_loader(seed=self.seed, augment=settings.pop("augment")),
+            self.recipe(**settings),
             rounds=min(3, run.of),
             images=self.batches,
             val_loader=self.data.test_loader(),

@@ -200,12 +200,11 @@ def test_recovery_is_measured_once_and_beside_its_controls(tmp_path, capsys):
     text = (tmp_path / "rows.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     told = [(row["format"], row.get("recipe"), row.get("of"), row["epoch"]) for row in rows]
-    controls = [("dense control", recipe, 1, 1) for recipe in ("global", "sgd")]
-    assert told[:3] == [("dense", None, None, 0), *controls]
+    assert told[:2] == [("dense", None, None, 0), ("dense control", "global", 1, 1)]
     before = ("truncated", None, 0), ("repaired", None, 0)
-    assert told[3:6] == [("auto", *row) for row in (*before, ("global", 1, 1))]
-    assert told[6:10] == [("mps", *row) for row in (*before, ("global", 1, 1), ("scratch", 1, 1))]
-    assert told[10:] == [("auto", "local", 1, 1)]
+    assert told[2:5] == [("auto", *row) for row in (*before, ("global", 1, 1))]
+    assert told[5:9] == [("mps", *row) for row in (*before, ("global", 1, 1), ("scratch", 1, 1))]
+    assert told[9:] == [("auto", "local", 1, 1)]
     assert all(0.05 < row["params"] < 0.14 for row in rows if row.get("of") and row.get("times"))
     finetune_recovery.main(["measure", *places, *few, *parts])
     assert (tmp_path / "rows.jsonl").read_text() == text
