@@ -44,10 +44,10 @@ IMAGES, SEEDS = 1024, {"cnn4": (0, 1, 2), "resnet20": (0,)}
 GOALS = {4: 3, 8: 5, 16: 5}
 """After how many epochs a goal is set, by how many times fewer parameters there are."""
 FORMATS = ("mps", "tucker", "cp", "auto")
-CONTROLS = ("global", "sgd", "augmented", "library's default")
+CONTROLS = ("global", "rate x 0.5", "sgd", "augmented", "library's default")
 """How the dense model is trained as many epochs more; the others only where recipes are compared."""
 PEERS = {"tltorch CP": "CP", "tltorch Tucker": "Tucker", "tltorch TT": "TT"}
-BASE = {"optimizer": "adamw", "lr": 5e-4, "distill": 0.0, "augment": False}
+BASE = {"optimizer": "adamw", "lr": 1e-3, "distill": 0.0, "augment": False}
 """What every training here has, unless its recipe says otherwise."""
 RECIPES = {
     "global": {},
@@ -56,12 +56,13 @@ RECIPES = {
     "progressive": {},
     "features": {"features": 0.1},
     "distillation": {"distill": 1.0},
+    "distillation, rate x 0.5": {"distill": 1.0, "lr": 5e-4},
     "frobenius": {"frobenius_decay": 5e-4},
     "balanced": {"balance": True},
     "rebalanced": {"balance": True, "rebalance_every": 200},
-    "rate x 2": {"lr": 1e-3},
-    "rate x 0.5": {"lr": 2.5e-4},
-    "factors' rate x 0.5": {"lr_factors": 2.5e-4},
+    "rate x 2": {"lr": 2e-3},
+    "rate x 0.5": {"lr": 5e-4},
+    "factors' rate x 0.5": {"lr_factors": 5e-4},
     "ema": {"ema": 0.998},
     "augmented": {"augment": True},
     "augmented, distillation": {"augment": True, "distill": 1.0},

@@ -12,6 +12,7 @@ FORMATS = ("auto", "mps", "tucker", "cp")
 PEERS = ("tltorch CP", "tltorch Tucker", "tltorch TT")
 CONTROLS = {
     "global": "",
+    "rate x 0.5": ", half the rate",
     "sgd": ", SGD",
     "augmented": ", augmented",
     "library's default": ", the library's default",
@@ -24,7 +25,7 @@ INTRO = """# Recovery
 
 How much of the accuracy fine-tuning brings back, how fast, and beside what. Convolution parameters are cut
 4, 8 and 16 times under one budget over the model (*mixed*: formats are chosen layer by layer), fitted and
-repaired on 1,024 unlabelled images; then come epochs with labels. The recipe is AdamW at a rate of 5e-4,
+repaired on 1,024 unlabelled images; then come epochs with labels. The recipe is AdamW at a rate of 1e-3,
 falling by a cosine, with cross-entropy alone, on images that are not augmented, if nothing else is said.
 Beside them stand the dense network trained for as many epochs more (goals are set beside the control that
 ends highest), the same shape trained from scratch (SGD at 0.1), and tltorch's layers of at most as many
