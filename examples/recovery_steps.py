@@ -42,6 +42,8 @@ def steps(options: argparse.Namespace) -> None:
     row["macs"] = {name: macs(model, x[:1]) for name, model in models.items()}
     row["peak bytes"] = {name: peak_training_memory(model, x, y) for name, model in models.items()}
     row["forward bytes"] = {name: peak_memory(model, x) for name, model in models.items()}
+    row["convolutions"] = {name: convolutions_share(model, x, y) for name, model in models.items()}
+    print(f"{network}: timing {', '.join(models)}", flush=True)
     for layout in ("channels first", "channels last"):
         losses = {}
         for name, model in models.items():
@@ -53,6 +55,20 @@ def steps(options: argparse.Namespace) -> None:
         row[layout] = {name: min(found) for name, found in taken.items()}  # others only ever add
     append(options.results, row)
     print(json.dumps(row, indent=1))
+
+
+def convolutions_share(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Return which part of a step's forward and backward pass its convolutions take, channels last."""
+    trained = copy_model(model).train().to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    nn.functional.cross_entropy(trained(x), y).backward()
+    with torch.profiler.profile() as profile:
+        for _ in range(3):
+            nn.functional.cross_entropy(trained(x), y).backward()
+    events = profile.key_averages()
+    on_gpu = x.device.type == "cuda"
+    taken = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
+    return sum(time for key, time in taken.items() if "conv" in key.lower()) / sum(taken.values())
 
 
 def trainer_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -224,6 +224,7 @@ def test_a_step_is_measured_in_every_way(tmp_path):
     ways = {"dense", "mixed", "separable", "tucker", "mixed, checkpointing"}
     for told in ("macs", "peak bytes", "forward bytes", "channels first", "channels last"):
         assert set(row[told]) == ways
+    assert all(0.1 < share < 1 for share in row["convolutions"].values())
     assert row["macs"]["mixed, checkpointing"] == row["macs"]["mixed"] < row["macs"]["dense"] / 3.9
 
 
@@ -258,10 +259,13 @@ def test_the_page_says_whether_a_step_is_fast_enough():
         "on": "cpu",
         "peak bytes": sides,
         "forward bytes": sides,
+        "convolutions": {"dense": 0.8, "mixed": 0.5},
     }
     row |= {"channels first": {"dense": 3.0, "mixed": 1.2}, "channels last": {"dense": 2.0, "mixed": 1.5}}
     page = recovery_page.page([row])
-    assert "(mixed, batch 8, float32) | 1.67x faster at 4.00x fewer MACs | **not met** |" in page
+    limit = "all but the convolutions stays, so that 2.50x is the limit"
+    assert f"(mixed, batch 8, float32) | 1.67x faster at 4.00x fewer MACs; {limit} | **not met** |" in page
+    assert "| 80 % |" in page
     row["channels last"]["mixed"] = 1.0
     assert "2.00x faster at 4.00x fewer MACs | met |" in recovery_page.page([row])
 
