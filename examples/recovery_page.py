@@ -34,9 +34,11 @@ the test images, mean ± standard deviation over the seeds of the dense training
 measured); differences are taken seed by seed. A dash: not measured. Everything here is written by
 
 ```console
-python examples/finetune_recovery.py measure --network cnn4      # --brief: what the goals are about
+python examples/accuracy_at_size.py train --weights examples/weights  # what is not there yet
+python examples/finetune_recovery.py measure --network cnn4           # --brief: what the goals are about
 python examples/finetune_recovery.py measure --network resnet20
 python examples/finetune_recovery.py steps --network resnet20
+python examples/finetune_recovery.py steps --network resnet50 --batch 8 --rounds 6
 python examples/finetune_recovery.py page
 ```
 
@@ -213,14 +215,16 @@ def recipes(found: Rows, network: str) -> str:
     """Return how far each setting is above the plain recipe, seed by seed."""
     lines = []
     for key in sorted(found.found, key=str):
-        own, times, format, recipe, of, epoch = key
-        if own != network or epoch != of or recipe in (None, "global", "scratch") or "equal time" in recipe:
+        about, times, format, recipe, of, epoch = key
+        if about != network or epoch != of or recipe in (None, "global", "scratch") or "equal time" in recipe:
             continue
         plain = found.get(network, format, of, times=times, recipe="global", of=of)
-        over = gaps(found.found[key], plain)
+        both = found.found[key].keys() & plain.keys()
+        own, plain = ({seed: each[seed] for seed in both} for each in (found.found[key], plain))
+        over = gaps(own, plain)
         if over:
             where = f"{times or 1}x, {NAMES.get(format, format)}, {of} epochs"
-            lines.append((recipe, where, shown(found.found[key]), shown(plain), shown(over), said(over)))
+            lines.append((recipe, where, shown(own), shown(plain), shown(over), said(over)))
     header = ("setting", "where", "with it", "without", "difference", "")
     return markdown_table(header, lines) if lines else ""
 

@@ -358,6 +358,8 @@ def test_the_pages_hold_what_the_rows_say(tmp_path):
     assert (tmp_path / "benchmarks.md").read_text() == (docs / "benchmarks.md").read_text()
     rows = list(accuracy_at_size.read(accuracy_at_size.RESULTS))
     assert accuracy_page.page(rows) == (docs / "accuracy.md").read_text()
+    rows = finetune_recovery.read(docs / "recovery.jsonl")
+    assert recovery_page.page(rows) == (docs / "recovery.md").read_text()
     assert deployment_page.page(docs / "deployment.jsonl") == (docs / "deployment.md").read_text()
     rows = atlas_speed.read(docs / "atlas_speed.jsonl")
     assert atlas_speed.page(rows) == (docs / "atlas_speed.md").read_text()
