@@ -156,7 +156,7 @@ def words_of(row: dict) -> str:
 
 def ahead(found: Rows, network: str, times: int, of: int) -> tuple:
     """Return the line that says whether ours are ahead of tltorch's after every epoch up to ``of``."""
-    told, over = [], []
+    told, over, seeds = [], [], set()
     for epoch in range(1, of + 1):
         rest = {"times": times, "recipe": "global", "of": of}
         ours = found.get(network, "auto", epoch, **rest)
@@ -165,9 +165,11 @@ def ahead(found: Rows, network: str, times: int, of: int) -> tuple:
         if theirs:
             name = max(theirs, key=lambda name: statistics.mean(theirs[name].values()))
             over.append(statistics.mean(gaps(ours, theirs[name])))
+            seeds |= ours.keys() & theirs[name].keys()
             told.append(f"{over[-1]:+.2f} ({name})")
     aim = "ahead of the best of tltorch's after every epoch"
-    return network, f"{times}x", aim, ", ".join(told) or "–", verdict(min(over) > 0 if over else None)
+    said = f"{', '.join(told)}; seeds: {len(seeds)}" if told else "–"
+    return network, f"{times}x", aim, said, verdict(min(over) > 0 if over else None)
 
 
 def curves(found: Rows, network: str) -> str:

@@ -245,7 +245,7 @@ def test_the_page_sets_goals_beside_what_was_measured():
     aim = "after 3 epochs at most 0.1 below the dense control"
     assert "| 1x | dense control | 3 epochs, SGD |" in page
     assert f"| cnn4 | 4x | {aim} | 0.05 ± 0.00 (92.45 ± 0.71 beside 92.50 ± 0.71) | met |" in page
-    assert "| +0.00 (tltorch CP) |" in page
+    assert "| +0.00 (tltorch CP); seeds: 2 |" in page
     assert "**not met**" in page
     assert "| balanced | 4x, mixed, 3 epochs | 92.85 ± 0.92 | 92.45 ± 0.71 | 0.40 ± 0.21 | helps |" in page
     assert "| cnn4 | 16x | after 5 epochs at most 1.0 below the dense control | – | – |" in page
