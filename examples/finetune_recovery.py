@@ -8,11 +8,10 @@
 
 Convolution parameters are cut 4, 8 and 16 times under a budget over all layers, fitted on 1,024 unlabelled
 images and repaired on them; then come epochs with labels. Beside each run stand the dense model trained for
-as many epochs more, the same shape trained from scratch (SGD at 0.1),
-and tltorch's layers at the same parameters with the same recipe, after their BatchNorm was taken again. The
-dense models were trained by ``accuracy_at_size.py train``: see ``examples/weights/README.md``. A run that
-is stopped goes on where it was; a row, once there, is not measured again. Rows go to docs/recovery.jsonl,
-times as they were here.
+as many epochs more, the same shape trained from scratch (SGD at 0.1), and tltorch's layers at the same
+parameters with the same recipe, after their BatchNorm was taken again. The dense models were trained by
+``accuracy_at_size.py train``: see ``examples/weights/README.md``. A run that is stopped goes on where it
+was; a row, once there, is not measured again. Rows go to docs/recovery.jsonl, times as they were here.
 """
 
 import argparse

@@ -22,7 +22,7 @@ NETWORK_GOALS = {
 
 def networks(rows):
     """Return the section on whole networks, and on all of torchvision's."""
-    own = {tuple(row[key] for key in SETTING): row for row in rows if not row.get("every")}
+    own = {setting(row): row for row in rows if not row.get("every")}
     head = [
         "environment",
         "network",
@@ -60,6 +60,11 @@ def networks(rows):
     text = NETWORKS + "\n" + markdown_table(head, table) + "\n"
     every = [row for row in rows if row.get("every")]
     return text + (all_networks(every) if every else "")
+
+
+def setting(row):
+    """Return what a row is about: a later row of the same takes its place."""
+    return *(row[key] for key in SETTING), round(row["macs_cut"], 1)
 
 
 def network_best(row):
