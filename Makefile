@@ -4,18 +4,19 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all bugs test-fast lint docs linkcheck bench grid zoo accuracy recovery atlas deployment clean
+.PHONY: demo test coverage test-all bugs test-fast lint docs linkcheck bench grid zoo accuracy recovery atlas deployment clean
 
 demo: $(VENV)/.base
 	$(BIN)/tncompress demo --overwrite $(ARGS)
 
-COVERAGE := --cov --cov-report=term:skip-covered
-
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto $(COVERAGE) $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+coverage: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered $(ARGS)
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --zoo $(COVERAGE) $(ARGS)
+	$(BIN)/python -m pytest -n auto --zoo $(ARGS)
 
 bugs: $(VENV)/.test
 	$(BIN)/python tests/plant_bugs.py $(ARGS)

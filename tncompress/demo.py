@@ -174,6 +174,7 @@ def _train_dense(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         dense = build_model(MODEL, num_classes=data.num_classes, in_channels=data.input_shape[0]).to(device)
+    dense = dense.to(memory_format=torch.channels_last)  # pooling and BatchNorm are slow without, on a CPU
     loader = data.train_loader(seed=config.seed)
     settings = FinetuneConfig(epochs=config.epochs, lr=0.1, seed=config.seed)
     train_(dense, loader, settings, progress=progress, label="dense")
