@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--zoo"):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("zoo")])
         items[:] = [item for item in items if not item.get_closest_marker("zoo")]
-    items.sort(key=lambda item: item.get_closest_marker("forks") is None)  # first, while autograd has no threads
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)  # autograd has no threads yet
 
 
 STARTED = time.monotonic()

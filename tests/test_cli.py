@@ -456,6 +456,10 @@ def test_help_teaches_by_example(run, verb):
         assert "Example" in text
 
 
+def test_the_version_is_the_packages(run):
+    assert run("--version").stdout == f"tncompress {tnc.__version__}\n"
+
+
 @pytest.mark.slow
 def test_the_demo_leaves_what_it_names(run, tmp_path):
     result = run("demo --epochs 2 --tune-epochs 1 --out d --json")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tncompress import __version__
 from tncompress import cli_options as cli
 from tncompress.cli_atlas import atlas
 from tncompress.cli_bench import bench
@@ -33,6 +34,22 @@ app = typer.Typer(
     "`tncompress compress ... --out small` · `tncompress finetune small --data cifar10 --out tuned`\n\n"
     "`tncompress report tuned --data cifar10` · `tncompress export tuned --to onnx`",
 )
+
+
+def _tell_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"tncompress {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Take what stands before the verb."""
 
 
 @cli.guarded
