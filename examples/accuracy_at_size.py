@@ -41,7 +41,8 @@ TIMES, BOTH = (2, 4, 8, 16), (4, 8)
 FORMATS = {"mps": "mps", "cp": "cp", "tucker": "tucker", "svd": {"name": "svd", "cut": "out kw|in kh"}}
 PEERS = {"tltorch CP": "CP", "tltorch Tucker": "Tucker", "tltorch TT": "TT"}
 BOUND = "budget's ranks, aware + BatchNorm"
-PARTS = ("goal", "main", "formats", "macs")
+WEIGHED = "repair, weighed by gradients"
+PARTS = ("goal", "main", "formats", "macs", "gradients")
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "accuracy.jsonl"
 
@@ -135,7 +136,8 @@ def measure(bench: Bench, part: str) -> None:
     """Write the rows of one network and pair of seeds, those of one part, that are not there yet.
 
     The ``goal`` is all formats together under a budget; then come MPS and tltorch (``main``), each other
-    format by itself (``formats``), and each at fewer MACs (``macs``).
+    format by itself (``formats``), and each at fewer MACs (``macs``). What gradients of the dense model
+    would bring in repair is the part ``gradients``.
     """
     first = {"mps": FORMATS["mps"]}
     rest = {name: fmt for name, fmt in FORMATS.items() if name not in first}
@@ -152,9 +154,11 @@ def measure(bench: Bench, part: str) -> None:
     elif part == "formats":
         budgets(bench, "params", TIMES, rest)
         uniform(bench, "params", TIMES, rest)
-    else:
+    elif part == "macs":
         budgets(bench, "macs", TIMES, FORMATS)
         uniform(bench, "macs", TIMES, FORMATS)
+    else:
+        repaired_by_gradients(bench, [("params", times) for times in TIMES] + [("both", t) for t in BOTH])
 
 
 def budgets(bench: Bench, resource_name: str, times_all: tuple[int, ...], formats: dict) -> None:
@@ -180,6 +184,23 @@ def budgets(bench: Bench, resource_name: str, times_all: tuple[int, ...], format
             started = time.perf_counter()
             repaired = tnc.repair(aware, bench.dense, bench.images)
             bench.write(repaired, time.perf_counter() - started, **key, step="repair")
+
+
+def repaired_by_gradients(bench: Bench, settings: list[tuple[str, int]]) -> None:
+    """Write the rows of a repair that weighs outputs by the gradients of the dense model's own labels."""
+    wanted = {(r, t): {"resource": r, "times": t, "format": "auto"} for r, t in settings}
+    missing = {at: key for at, key in wanted.items() if not bench.is_done(**key, step=WEIGHED)}
+    if not missing:
+        return
+    moments = tnc.calibrate(bench.dense, bench.images, gradients="teacher", gradient_batches=IMAGES)
+    options = {"calibration": bench.calibration, "sensitivity": bench.sensitivity}
+    for at, key in missing.items():
+        spec = {"default": {"format": "auto"}, "budget": bench.budget(*at)}
+        aware = attempt(bench, spec, key, WEIGHED, **options)
+        if aware is not None:
+            started = time.perf_counter()
+            repaired = tnc.repair(aware, bench.dense, bench.images, calibration=moments)
+            bench.write(repaired, time.perf_counter() - started, **key, step=WEIGHED)
 
 
 def fitted_at_ranks(bench: Bench, spec: dict, key: dict) -> None:

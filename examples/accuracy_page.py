@@ -18,6 +18,7 @@ STEPS = (
     "repair",
 )
 BOUND = "budget's ranks, aware + BatchNorm"
+WEIGHED = "repair, weighed by gradients"
 LADDER = ("uniform + BatchNorm", "budget + BatchNorm", "aware + BatchNorm", "repair")
 GOALS = {  # points lost at most: by network, resource, times
     ("cnn4", "params"): {4: 0.3, 8: 0.8, 16: 2.2},
@@ -84,6 +85,8 @@ def page(rows: list[dict]) -> str:
                     f"\n## {network}: fewer {WORDS[resource]}\n\n" + steps(groups, network, resource)
                 )
     parts.append("\n## Where a step did not help\n\n" + setbacks(groups))
+    if by_gradients := gradients(groups):
+        parts.append("\n## What gradients would bring\n\n" + by_gradients)
     parts.append("\n## Data-aware MPS against plain TT-SVD\n\n" + output_errors(groups))
     parts.append("\n## Time\n\n" + times(rows))
     return "\n".join(part.strip("\n") + "\n" for part in parts)
@@ -203,6 +206,26 @@ def by_setting(groups: dict) -> dict:
         if resource in ("params", "macs"):
             found[network, resource, cut, name][step] = rows
     return found
+
+
+def gradients(groups: dict) -> str:
+    """Return the points lost after repair with all outputs alike, and weighed by gradients."""
+    lines = []
+    for (network, resource, cut, name, step), rows in groups.items():
+        plain = groups.get((network, resource, cut, name, "repair"), [])
+        if step == WEIGHED and {row["seeds"] for row in plain} == {row["seeds"] for row in rows}:
+            before, after = losses(groups, network, plain), losses(groups, network, rows)
+            gained = [first - second for first, second in zip(before, after, strict=True)]
+            lines.append((network, WORDS[resource], f"{cut}x", *map(shown, (before, after, gained))))
+    if not lines:
+        return ""
+    words = (
+        "Not part of the pipeline above, as it takes backward passes through the dense network: "
+        '`tnc.repair(..., calibration=tnc.calibrate(..., gradients="teacher"))` weighs the outputs of each layer '
+        "by what the loss feels of them; all formats together, no labels. Points lost against dense:\n\n"
+    )
+    header = ("network", "fewer", "cut", "repair", "weighed by gradients", "gained")
+    return words + markdown_table(header, lines) + "\n"
 
 
 def output_errors(groups: dict) -> str:

@@ -106,6 +106,14 @@ def test_repair_and_finetune(run, trained):
     assert mended["accuracy"] >= 0
     steps = [step["name"] for step in mended["repair"]["steps"]]
     assert steps == ["least squares", "BatchNorm", "classifier"]
+    model = "--model zoo:cnn4 --weights dense.safetensors --data digits --images 256"
+    run(f"calibrate {model} --gradients teacher --out g.safetensors")
+    by_gradients = "repair small --data digits --images 256 --calibration g.safetensors --out weighed --json"
+    weighed = json.loads(run(by_gradients).stdout)["repair"]["layers"]
+    assert weighed[0]["error_after"] > mended["repair"]["layers"][0]["error_after"]  # not what it makes least
+    run(f"calibrate {model} --out m.safetensors")
+    refused = run("repair small --data digits --calibration m.safetensors --out no", code=1)
+    assert 'this one has none: calibrate(..., gradients="teacher")' in refused.stderr
     few = "--least-squares none --no-batchnorm --no-classifier --images 64 --out few"
     assert "distance to the dense outputs" in run(f"repair small --data digits {few}").stdout
     result = run("finetune small --data digits --epochs 1 --out tuned --json")

@@ -139,6 +139,46 @@ def test_no_layer_of_a_network_is_worse_afterwards(make, format, factors):
     assert first.error_after < first.error_before
 
 
+def weighed_error(small, dense, xs, calibration):
+    """Return E[e' G e] of the first layer's output error e, where both networks have the same inputs."""
+    with torch.no_grad():
+        gap = (small[0](torch.cat(xs)) - dense[0](torch.cat(xs))).movedim(1, -1).flatten(0, -2)
+    return float(((gap @ calibration.layers["0"].gradient[0]) * gap).sum(1).mean())
+
+
+@pytest.mark.parametrize("format", ["svd", "tucker", "mps"])
+def test_gradients_make_small_what_the_loss_feels(format):
+    dense, xs = chain().double().eval(), images(24, 40)
+    dense[3].running_mean.normal_()
+    small = compressed(dense, format, ratio=0.25)
+    moments = tnc.calibrate(dense, xs, gradients="teacher", gradient_batches=2)
+    options = {"batchnorm": False, "classifier": False, "ridge": 1e-6}
+    plain = tnc.repair(small, dense, xs, **options)
+    weighed = tnc.repair(small, dense, xs, calibration=moments, **options)
+    assert weighed_error(weighed, dense, xs, moments) < weighed_error(plain, dense, xs, moments)
+
+
+def test_equal_weights_for_all_outputs_change_nothing():
+    dense, xs = chain().double().eval(), images(24, 40)
+    small = compressed(dense, "tucker")
+    moments = tnc.calibrate(dense, xs, gradients="teacher")
+    for layer in moments.layers.values():
+        layer.gradient.copy_(torch.eye(layer.gradient.shape[-1]))
+    plain = tnc.repair(small, dense, xs).state_dict()
+    for name, found in tnc.repair(small, dense, xs, calibration=moments).state_dict().items():
+        assert_close(found, plain[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_calibration_without_gradients_or_of_other_weights_is_refused():
+    dense, xs = chain().double().eval(), images(24)
+    small = compressed(dense, "svd")
+    with pytest.raises(ValueError, match=r'this one has none: calibrate\(..., gradients="teacher"\)'):
+        tnc.repair(small, dense, xs, calibration=tnc.calibrate(dense, xs))
+    other = tnc.calibrate(chain().double().eval(), xs, gradients="teacher")
+    with pytest.raises(ValueError, match="the moments are of other weights of layer '0'"):
+        tnc.repair(small, dense, xs, calibration=other)
+
+
 def test_it_is_the_slow_loop_of_a_whole_pass_for_each_layer():
     dense, xs = Residual().double().eval(), images(5, 11)
     small = compressed(dense, "svd")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,14 @@ from tncompress.spec import read_settings
 from tncompress.storage import check_writable, new_file
 
 
+class Gradients(StrEnum):
+    """Whose cross-entropy ``calibrate`` takes gradients of."""
+
+    none = "none"
+    teacher = "teacher"
+    labels = "labels"
+
+
 @cli.guarded
 def calibrate(
     model: cli.ModelOption,
@@ -25,6 +34,10 @@ def calibrate(
     include: Annotated[
         list[str] | None, typer.Option("--include", help="As in the spec: depthwise, subclasses ...")
     ] = None,
+    gradients: Annotated[
+        Gradients,
+        typer.Option(help="Also gradients, for the model's own labels (teacher) or the true ones."),
+    ] = Gradients.none,
     memory: Annotated[
         float, typer.Option("--memory", help="GiB for the moments; the largest are simplified beyond.")
     ] = 4.0,
@@ -35,7 +48,7 @@ def calibrate(
     overwrite: cli.OverwriteOption = False,
     debug: cli.DebugOption = False,
 ) -> None:
-    """Measure what each layer is given, for plans that keep the outputs close. Labels are not looked at.
+    """Measure what each layer is given, for plans that keep the outputs close.
 
     Example: `tncompress calibrate --model zoo:cnn4 --weights w.safetensors --data digits --out m.safetensors`
     """
@@ -48,6 +61,7 @@ def calibrate(
             dense.to(cli.pick_device(device)),
             loaded.calibration_loader(images, seed=seed),
             include=include or (),
+            gradients=None if gradients is Gradients.none else gradients.value,  # type: ignore[arg-type]
             memory_limit=int(memory * 2**30),
             progress=not as_json,
         )

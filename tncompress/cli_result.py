@@ -47,6 +47,10 @@ def repair(
     ridge: Annotated[
         float | None, typer.Option(min=0, help="Pull towards the dense kernels; default: by the data.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Moments of `tncompress calibrate --gradients teacher`: weigh outputs by them."),
+    ] = None,
     memory: Annotated[
         float, typer.Option(min=0.001, help="Gigabytes that activations and moments may take.")
     ] = 4.0,
@@ -57,7 +61,7 @@ def repair(
     overwrite: cli.OverwriteOption = False,
     debug: cli.DebugOption = False,
 ) -> None:
-    """Bring accuracy back without labels or gradients, from a few images.
+    """Bring accuracy back without labels or training, from a few images.
 
     Layers are solved one after another, on what the compressed network really feeds them, for the dense
     outputs. Prints what each step brought back.
@@ -78,6 +82,7 @@ def repair(
         batchnorm=batchnorm,
         classifier=classifier,
         ridge=ridge,
+        calibration=None if calibration is None else tnc.Calibration.load(calibration),
         memory_limit=int(memory * 2**30),
         progress=not as_json,
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
 from tncompress.least_squares import PairMoments, ridge_for, solve_towards
-from tncompress.metric import Metric
+from tncompress.metric import Metric, add_ridge
 from tncompress.patches import CHUNK, patches
-from tncompress.weighted import fit_in_metric
+from tncompress.weighted import GRADIENT_RIDGE, fit_in_metric
 
 HELD_OUT = 8
 """Every so many images one judges what was solved for on the others."""
@@ -65,15 +65,22 @@ class Partners:
 
 @dataclass(frozen=True)
 class Solver:
-    """How layers are solved for; see :func:`tncompress.repair.repair`."""
+    """How layers are solved for; see :func:`tncompress.repair.repair`.
+
+    ``gradients`` are second moments ``(groups, out, out)`` by the name of a layer, which weigh its outputs.
+    """
 
     factors: Factors = "all"
     bias: bool = True
     batchnorm: bool = True
     ridge: float | None = None
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
     def solve(self, pair: Partners, inputs: list[Tensor], outputs: list[Tensor]) -> LayerRepair:
-        """Change the layer so that its ``inputs`` give the dense ``outputs``; never for the worse."""
+        """Change the layer so that its ``inputs`` give the dense ``outputs``; never for the worse.
+
+        Where outputs are weighed by gradients, it is the weighed error that does not rise.
+        """
         images = sum(_images(x, pair.geometry) for x in inputs)
         seen, held = collect(pair.geometry, inputs, outputs)
         whole = PairMoments()
@@ -85,11 +92,12 @@ class Solver:
         fixed = None if self._free_means(pair) else _bias_of(pair.layer, old)
         before = whole.relative_error(old, _bias_of(pair.layer, old))
         new, write = self._fitted(pair, seen, fixed)
-        judge = held if held.count else seen
-        falls = all(
-            part.squared_error(new, _bias(fit, new, fixed)) < part.squared_error(old, _bias(fit, old, fixed))
-            for part, fit in ((judge, seen), (whole, whole))
-        )
+        judge, weight = held if held.count else seen, self._weight(pair)
+
+        def error(part: PairMoments, fit: PairMoments, kernels: Tensor) -> float:
+            return part.squared_error(kernels, _bias(fit, kernels, fixed), weight)
+
+        falls = all(error(*parts, new) < error(*parts, old) for parts in ((judge, seen), (whole, whole)))
         if falls:
             write()
         kept = new if falls else old
@@ -97,6 +105,10 @@ class Solver:
         after = whole.relative_error(kept, _bias(whole, kept, fixed))
         reason = None if falls else "factors kept: others are no better on images held out"
         return LayerRepair(pair.name, images, before, after, reason, True)
+
+    def _weight(self, pair: Partners) -> Tensor | None:
+        gradient = self.gradients.get(pair.name)
+        return None if gradient is None else add_ridge(gradient.to(pair.kernels), GRADIENT_RIDGE)
 
     def match_means(self, pair: Partners, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Make the mean output of the layer that of the dense one, by its bias or the BatchNorm behind it."""
@@ -133,7 +145,7 @@ class Solver:
         target, moments = solve_towards(dense, xx, yx, ridge)
         if not isinstance(layer, TNConv):
             return target, lambda: layer.weight.copy_(geometry.weight(target.reshape(shape)))
-        metric = Metric(geometry.kernel_shape[1:], whole=moments)
+        metric = Metric(geometry.kernel_shape[1:], whole=moments, gradient=self.gradients.get(pair.name))
         start = [factor.detach().double() for factor in layer.tensors()]
         fit = fit_in_metric(
             layer.format,

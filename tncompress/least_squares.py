@@ -37,7 +37,7 @@ class PairMoments:
         part = PairMoments()
         part.count, part.mean_x, part.mean_y = count, mean_x, mean_y
         part.xx, part.yx = (x.mT @ x).double(), (y.mT @ x).double()
-        part.yy = y.square().sum((1, 2), dtype=torch.float64)
+        part.yy = (y.mT @ y).double()
         self.pool(part)
 
     def pool(self, other: PairMoments) -> None:
@@ -53,7 +53,7 @@ class PairMoments:
         both = self.count * other.count / total
         self.xx.add_(other.xx).baddbmm_(gap_x[:, :, None], both * gap_x[:, None])
         self.yx.add_(other.yx).baddbmm_(gap_y[:, :, None], both * gap_x[:, None])
-        self.yy = self.yy + other.yy + both * gap_y.square().sum(1)
+        self.yy.add_(other.yy).baddbmm_(gap_y[:, :, None], both * gap_y[:, None])
         self.mean_x = self.mean_x + gap_x * (other.count / total)
         self.mean_y = self.mean_y + gap_y * (other.count / total)
         self.count = total
@@ -62,6 +62,10 @@ class PairMoments:
     def finite(self) -> bool:
         """Whether no NaN and no infinity was among what was added."""
         return bool(self.xx.isfinite().all() and self.yx.isfinite().all() and self.yy.isfinite().all())
+
+    @property
+    def _trace(self) -> Tensor:
+        return self.yy.diagonal(dim1=1, dim2=2).sum()
 
     def moments(
         self, fixed: Float[Tensor, "g out"] | None = None
@@ -77,16 +81,23 @@ class PairMoments:
         """Return the bias with which ``kernels`` give the mean output: E[y] - W E[x]."""
         return self.mean_y - (kernels @ self.mean_x[..., None])[..., 0]
 
-    def squared_error(self, kernels: Float[Tensor, "g out d"], bias: Float[Tensor, "g out"]) -> float:
-        """Return E|y - b - W x|^2, summed over the groups."""
-        spread = self.yy.sum() / self.count
-        cross = (kernels * (self.yx / self.count)).sum()
-        own = ((kernels @ (self.xx / self.count)) * kernels).sum()
-        return max(0.0, float(spread - 2 * cross + own)) + float((self.bias(kernels) - bias).square().sum())
+    def squared_error(
+        self,
+        kernels: Float[Tensor, "g out d"],
+        bias: Float[Tensor, "g out"],
+        weight: Float[Tensor, "g out out"] | None = None,
+    ) -> float:
+        """Return E[e' G e] for e = y - b - W x, summed over the groups; G is ``weight``, 1 by default."""
+        gap = (self.bias(kernels) - bias)[..., None]
+        weighed, gap_weighed = (kernels, gap) if weight is None else (weight @ kernels, weight @ gap)
+        spread = (self._trace if weight is None else (weight * self.yy).sum()) / self.count
+        cross = (weighed * (self.yx / self.count)).sum()
+        own = ((kernels @ (self.xx / self.count)) * weighed).sum()
+        return max(0.0, float(spread - 2 * cross + own)) + float((gap * gap_weighed).sum())
 
     def relative_error(self, kernels: Float[Tensor, "g out d"], bias: Float[Tensor, "g out"]) -> float:
         """Return the root of :meth:`squared_error` over that of the spread of y about its mean."""
-        spread = float(self.yy.sum()) / self.count
+        spread = float(self._trace) / self.count
         return (self.squared_error(kernels, bias) / spread) ** 0.5 if spread > 0 else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Repair without labels or gradients: what unlabelled images alone bring back after truncation."""
+"""Repair without labels: what unlabelled images alone bring back after truncation."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tncompress.front_to_back import partners, solve_front_to_back, solve_last
 from tncompress.layer_solver import LayerRepair, Solver
 from tncompress.layers import TNConv
 from tncompress.measure import macs
+from tncompress.moments import Calibration
 from tncompress.repair_report import Gauge, RepairReport, StepRepair
 from tncompress.running import copy_model, eval_mode, input_of_call, inputs_of
 
@@ -40,6 +41,7 @@ def repair(
     least_squares: Literal["all", "last", False] = "all",
     classifier: bool = True,
     ridge: float | None = None,
+    calibration: Calibration | None = None,
     memory_limit: int = 4 * GIGABYTE,
     progress: bool = False,
 ) -> M:
@@ -56,14 +58,17 @@ def repair(
        ``out``. ``ridge``, over the mean square of the inputs, pulls towards the dense kernel; by default it
        follows :func:`tncompress.least_squares.ridge_for`. Factors that are no better on every
        eighth image, which the solution did not see, are not taken. As many images are used as fit
-       into ``memory_limit`` bytes.
+       into ``memory_limit`` bytes. With a ``calibration`` that was made with ``gradients``, outputs are
+       weighed by these: what the network's loss feels of a layer's error is made small (the metric of
+       K-FAC, Martens and Grosse 2015; for the last factor alone it is no other). The rest of it is not used.
     2. ``bias``: mean outputs are made those of the dense layers; part of the first step, where that is
        made for a layer, and done on the dense model's inputs where it is not.
     3. ``batchnorm``: BatchNorm statistics are taken again (:func:`reestimate_batchnorm_`).
     4. ``classifier``: the last linear layer is solved for the dense model's outputs likewise.
 
-    Images that hold NaN or infinity, or that the model does not take, and a ``dense`` without the layers of
-    ``small`` are a ``ValueError``. Neither model is changed.
+    Images that hold NaN or infinity, or that the model does not take, a ``dense`` without the layers of
+    ``small``, and a ``calibration`` without gradients or of other weights are a ``ValueError``. Neither
+    model is changed.
 
     >>> import tncompress as tnc
     >>> dense = tnc.build_model("zoo:cnn4").eval()
@@ -80,12 +85,13 @@ def repair(
     names = [layer.name for layer in find_layers(repaired) if isinstance(layer.module, TNConv)]
     if not names and any(isinstance(module, TNConv) for module in dense.modules()):
         raise ValueError("repair(small, dense, batches): the compressed model comes first, got them swapped")
+    gradients = _gradients(calibration, dense)
     pairs = partners(repaired, dense, names)
     images = _Images(batches, repaired).affordable(dense)
     book = _Book(repaired, Gauge(dense, images))
     layers: list[LayerRepair] = []
     if least_squares:
-        solver = Solver(least_squares, bias, batchnorm, ridge)
+        solver = Solver(least_squares, bias, batchnorm, ridge, gradients)
         with book.step("least squares"):
             layers = solve_front_to_back(
                 repaired, dense, pairs, images, solver, memory_limit=memory_limit, progress=progress
@@ -104,6 +110,19 @@ def repair(
     report = RepairReport(tuple(book.steps), tuple(layers), book.gauge.count)
     repaired.tncompress_repair = report  # type: ignore[assignment]
     return repaired
+
+
+def _gradients(calibration: Calibration | None, dense: nn.Module) -> dict[str, Tensor]:
+    if calibration is None:
+        return {}
+    calibration.check(find_layers(dense))
+    found = {name: m.gradient for name, m in calibration.layers.items() if m.gradient is not None}
+    if not found:
+        raise ValueError(
+            "repair takes the moments of gradients from a calibration, and this one has none: "
+            'calibrate(..., gradients="teacher")'
+        )
+    return found
 
 
 class _Images:
