@@ -222,7 +222,7 @@ def gradients(groups: dict) -> str:
     words = (
         "Not part of the pipeline above, as it takes backward passes through the dense network: "
         '`tnc.repair(..., calibration=tnc.calibrate(..., gradients="teacher"))` weighs the outputs of each '
-        "layer by what the loss feels of them; all formats together, no labels. Points lost against dense:\n\n"
+        "layer by what the loss feels of them; all formats together, no labels. Points lost:\n\n"
     )
     header = ("network", "fewer", "cut", "repair", "weighed by gradients", "gained")
     return words + markdown_table(header, lines) + "\n"

@@ -63,6 +63,9 @@ def test_the_error_is_that_of_the_outputs():
     missing = y - x @ kernels.mT - bias[:, None]
     moments = summed(x, y)
     assert moments.squared_error(kernels, bias) == pytest.approx(float(missing.square().sum() / 50))
+    root = torch.randn(2, 4, 4, dtype=torch.float64)
+    weighed = moments.squared_error(kernels, bias, root.mT @ root)
+    assert weighed == pytest.approx(float((missing @ root.mT).square().sum() / 50))
     free = moments.bias(kernels)
     assert_close(free, (y - x @ kernels.mT).mean(1))
     assert moments.squared_error(kernels, free) < moments.squared_error(kernels, bias)
