@@ -256,6 +256,23 @@ def test_train_writes_weights(run, tmp_path):
     assert tnc.evaluate(model, load_data("digits").test_loader()).accuracy == found["accuracy"]
 
 
+@pytest.mark.slow
+def test_train_goes_on_by_the_same_command(run, tmp_path, monkeypatch):
+    """The first time, it is interrupted in its second epoch."""
+    command = "train --model zoo:cnn4 --data digits --epochs 2 --json --out"
+    whole = json.loads(run(f"{command} whole.safetensors").stdout)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_end_epoch", interrupted_at(2, Trainer._end_epoch))
+        stopped = run(f"{command} w.safetensors", code=130)
+    said = "nothing was saved; the same command goes on from w.safetensors.checkpoint"
+    assert said in " ".join(stopped.stderr.split())
+    assert not (tmp_path / "w.safetensors").exists()
+    assert "is of another run" in run(f"{command} w.safetensors --seed 1", code=1).stderr
+    assert json.loads(run(f"{command} w.safetensors").stdout)["accuracy"] == whole["accuracy"]
+    assert not (tmp_path / "w.safetensors.checkpoint").exists()
+    assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
 def test_images_are_augmented_unless_told_otherwise(run, trained, monkeypatch):
     asked = []
 

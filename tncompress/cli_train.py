@@ -52,6 +52,7 @@ def train(
         int | None,
         typer.Option("--epochs", min=1, help="Passes over the images, whatever --config says; default: 10."),
     ] = None,
+    checkpoint: CheckpointOption = None,
     data_dir: cli.DataDirOption = None,
     device: cli.DeviceOption = "auto",
     seed: cli.SeedOption = 0,
@@ -60,22 +61,26 @@ def train(
     overwrite: cli.OverwriteOption = False,
     debug: cli.DebugOption = False,
 ) -> None:
-    """Train a dense model and write its weights.
+    """Train a dense model and write its weights. A run that was killed goes on by the same command.
 
     Example: `tncompress train --model zoo:resnet20 --data cifar10 --epochs 30 --out resnet20.safetensors`
     """
     settings = training_settings({"lr": 0.1, "epochs": 10}, config, epochs, seed)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out is a file that ends in .safetensors, got {out}")
-    with new_file(out, overwrite=overwrite) as fresh:
+    place = checkpoint or out.with_name(f"{out.name}.checkpoint")
+    with kept_place(place), new_file(out, overwrite=overwrite) as fresh:
         images = cli.load_data(data, data_dir=data_dir)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             built, _ = cli.open_model(model, None, images)
         built = built.to(cli.pick_device(device))
         loader, test = images.train_loader(seed=seed, augment=augment), images.test_loader()
-        done = train_(built, loader, settings, val_loader=test, progress=not as_json, label=model)
+        show = not as_json
+        done = train_(built, loader, settings, val_loader=test, progress=show, label=model, checkpoint=place)
         save_weights(built, fresh)
+    if checkpoint is None:
+        remove_checkpoints(place)
     cli.show({"accuracy": done[-1].accuracy, "weights": str(out)}, as_json=as_json)
 
 
