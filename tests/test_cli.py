@@ -256,6 +256,30 @@ def test_train_writes_weights(run, tmp_path):
     assert tnc.evaluate(model, load_data("digits").test_loader()).accuracy == found["accuracy"]
 
 
+def test_models_known_to_take_it_are_trained_in_the_fast_layout(run, trained, monkeypatch):
+    asked = []
+
+    def seen(*_, **__):
+        asked.append(_[2].channels_last)
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr("tncompress.cli_train.train_", seen)
+    monkeypatch.setattr(tnc, "finetune", seen)
+    (trained / "plain.yaml").write_text("channels_last: false\n")
+    (trained / "own.py").write_text(
+        "import tncompress as tnc\ndef net():\n    return tnc.build_model('zoo:cnn4')\n"
+    )
+    zoo, own = "train --model zoo:cnn4 --data digits --out n.safetensors", "own.py:net"
+    for line in (zoo, f"{zoo} --config plain.yaml", zoo.replace("zoo:cnn4", own)):
+        run(line, code=1)
+    for line in (
+        "finetune small --data digits --out n",
+        f"finetune small --model {own} --data digits --out n",
+    ):
+        run(line, code=1)
+    assert asked == [True, False, False, True, False]
+
+
 @pytest.mark.slow
 def test_train_goes_on_by_the_same_command(run, tmp_path, monkeypatch):
     """The first time, it is interrupted in its second epoch."""

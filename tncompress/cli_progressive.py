@@ -12,7 +12,13 @@ from torch import nn
 import tncompress as tnc
 from tncompress import cli_options as cli
 from tncompress.checkpoint import remove_checkpoints
-from tncompress.cli_train import CheckpointOption, ConfigOption, kept_place, training_settings
+from tncompress.cli_train import (
+    CheckpointOption,
+    ConfigOption,
+    in_the_fast_layout,
+    kept_place,
+    training_settings,
+)
 from tncompress.data import DataSet
 from tncompress.export import MANIFEST, read_manifest
 from tncompress.measure import evaluate as measure_accuracy
@@ -63,6 +69,9 @@ def progressive(
         stack.enter_context(kept_place(place))
         loaded = cli.load_data(data, data_dir=data_dir)
         dense, source = cli.open_model(model, weights, loaded)
+        where = cli.pick_device(device)
+        settings = in_the_fast_layout(settings, model, where)
+        middle = in_the_fast_layout(middle, model, where) if middle is not None else None
         made = tnc.progressive(
             dense,
             asked,
@@ -74,7 +83,7 @@ def progressive(
             val_loader=loaded.test_loader(),
             control=control,
             example_inputs=loaded.example_input(),
-            device=cli.pick_device(device),
+            device=where,
             progress=not as_json,
             checkpoint=place,
         )
