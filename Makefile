@@ -59,7 +59,7 @@ accuracy: $(VENV)/.base
 	$(BIN)/python examples/accuracy_at_size.py page
 
 recovery: $(VENV)/.test
-	$(BIN)/python examples/accuracy_at_size.py train --weights examples/weights
+	$(BIN)/python examples/accuracy_at_size.py train
 	$(BIN)/python examples/finetune_recovery.py measure --network cnn4 $(ARGS)
 	$(BIN)/python examples/finetune_recovery.py measure --network resnet20 $(ARGS)
 	$(BIN)/python examples/finetune_recovery.py steps --network resnet20

@@ -365,7 +365,7 @@ def train(weights: Path) -> None:
     """Train the dense models that are not there yet, in bf16 where there is that, with the command line."""
     weights.mkdir(parents=True, exist_ok=True)
     config = weights / "train.yaml"
-    config.write_text(f"mixed_precision: {'bf16' if has_bf16() else 'no'}\nchannels_last: true\n")
+    config.write_text(f"mixed_precision: {'bf16' if has_bf16() else 'no'}\n")
     for network, seeds in DENSE.items():
         for seed in seeds:
             out = weights / f"{network}-{seed}.safetensors"
@@ -402,7 +402,7 @@ def main() -> None:
     parser.add_argument("command", choices=("train", "measure", "time", "page"))
     parser.add_argument("--network", choices=(*DENSE, "resnet50"))
     parser.add_argument("--seed", type=int, help="number of the pair of seeds; all by default")
-    parser.add_argument("--weights", type=Path, default=Path("accuracy-weights"))
+    parser.add_argument("--weights", type=Path, default=HERE / "weights")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--part", choices=PARTS, help="all, in this order, by default")
     parser.add_argument("--brief", action="store_true", help="leave out the steps before data-aware")

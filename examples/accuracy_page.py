@@ -50,7 +50,15 @@ python examples/accuracy_at_size.py page
 ```
 
 from the rows in `docs/accuracy.jsonl`. A cut of 4x means a quarter of all convolution parameters (factors and
-biases; the stem, which stays dense, is counted), or of the MACs of the whole model.
+biases; the stem, which stays dense, is counted), or of the MACs of the whole model. The trained networks of
+cnn4 are in `examples/weights/`, with all there is to add rows or to check them; resnet20's are not kept any
+more, so that its rows stand as they are until it is trained and measured anew.
+"""
+
+MISSED = """
+The goal that is missed is cnn4's at an eighth of the MACs, of which the dense stem takes nearly a fifth.
+Tried on its three networks, by hand, and within the spread: compressing the stem as well, repairing twice and
+three times, moving ranks from layer to layer. Weighing outputs by gradients brings a part of it, see below.
 """
 
 STEPS_TEXT = """
@@ -77,7 +85,7 @@ def page(rows: list[dict]) -> str:
         if row["step"] != "time":
             key = row["network"], row.get("resource"), row.get("times"), row.get("format"), row["step"]
             groups[key].append(row)
-    parts = [INTRO, "\n## Against the goals\n\n" + goals(groups), STEPS_TEXT]
+    parts = [INTRO, "\n## Against the goals\n\n" + goals(groups), MISSED, STEPS_TEXT]
     for network in ("cnn4", "resnet20"):
         for resource in ("params", "macs"):
             if any(key[:2] == (network, resource) for key in groups):

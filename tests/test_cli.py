@@ -260,12 +260,12 @@ def test_models_known_to_take_it_are_trained_in_the_fast_layout(run, trained, mo
     asked = []
 
     def seen(*_, **__):
-        asked.append(_[2].channels_last)
+        asked.append((_[2].channels_last, _[2].mixed_precision))
         raise ValueError("seen enough")
 
     monkeypatch.setattr("tncompress.cli_train.train_", seen)
     monkeypatch.setattr(tnc, "finetune", seen)
-    (trained / "plain.yaml").write_text("channels_last: false\n")
+    (trained / "plain.yaml").write_text("channels_last: false\nmixed_precision: no\n")
     (trained / "own.py").write_text(
         "import tncompress as tnc\ndef net():\n    return tnc.build_model('zoo:cnn4')\n"
     )
@@ -277,7 +277,8 @@ def test_models_known_to_take_it_are_trained_in_the_fast_layout(run, trained, mo
         f"finetune small --model {own} --data digits --out n",
     ):
         run(line, code=1)
-    assert asked == [True, False, False, True, False]
+    assert [layout for layout, _ in asked] == [True, False, False, True, False]
+    assert asked[1][1] == "no"  # YAML reads it as false
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
@@ -89,6 +89,11 @@ class FinetuneConfig(BaseModel):
         if isinstance(given, Mapping) and given.get("optimizer") in LR:
             return {"lr": LR[given["optimizer"]], **given}
         return given
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _unquoted(cls, given: Any) -> Any:
+        return "no" if given is False else given  # what YAML makes of an unquoted no
 
     @model_validator(mode="after")
     def _something_to_do(self) -> FinetuneConfig:
