@@ -293,8 +293,10 @@ def tltorch_model(bench: Bench, factorization: str, times: int) -> nn.Module:
 
     tltorch takes a fraction of the parameters as its rank, and meets it roughly: the fraction is bisected.
     """
+    import tensorly
     import tltorch
 
+    tensorly.set_backend("pytorch")  # which only the first import of tltorch does by itself
     copied = copy_model(bench.dense)
     convs = [layer for layer in find_layers(copied) if isinstance(layer.module, nn.Conv2d)][1:]
     stem = next(layer for layer in find_layers(copied)).params

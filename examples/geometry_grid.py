@@ -133,8 +133,11 @@ def ours(format):
 
 def theirs(factorization):
     """Return tltorch's conversion at full rank, given as numbers: its rank 1.0 is not lossless."""
+    import tensorly
     import tltorch
     from tltorch.factorized_layers.factorized_convolution import kernel_to_tensor, tensor_to_kernel
+
+    tensorly.set_backend("pytorch")  # which only the first import of tltorch does by itself
 
     def convert(layer):
         tensor = kernel_to_tensor(factorization, layer.weight.detach())

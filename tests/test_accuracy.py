@@ -6,7 +6,6 @@ from pathlib import Path
 import accuracy_at_size
 import accuracy_page
 import pytest
-import tensorly
 import torch
 
 import tncompress as tnc
@@ -85,7 +84,6 @@ def test_a_step_that_does_not_help_is_listed():
 def test_tltorch_holds_no_more_than_asked_for(small):
     torch.manual_seed(0)
     bench = accuracy_at_size.Bench("cnn4", (0, 0), small, small / "rows.jsonl")
-    tensorly.set_backend("pytorch")
     for factorization in ("CP", "Tucker", "TT"):
         model = accuracy_at_size.tltorch_model(bench, factorization, 8)
         assert accuracy_at_size.conv_params(model) <= bench.conv / 8
