@@ -93,8 +93,10 @@ def dense_variants(conv):
 
 def peers(name, layer):
     """Return tltorch's layers with the factors of ``layer``, in both of its ways to run."""
+    import tensorly
     from tltorch import FactorizedConv
 
+    tensorly.set_backend("pytorch")  # which only the first import of tltorch does by itself
     rank, (out, into, _, _) = layer.ranks, layer.geometry.kernel_shape
     own = {"tucker": (rank[-1], rank[0], 3, 3), "mps": (1, *rank, 1), "cp": rank[0]}[name]
     made = {}
