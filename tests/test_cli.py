@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,19 +167,28 @@ def test_finetune_has_keys_for_all_and_writes_curve_and_table(run, trained):
     assert "c.png is there already" in run(line, code=1).stderr
 
 
-@pytest.mark.slow
-def test_finetune_goes_on_by_the_same_command(run, trained, monkeypatch):
-    """The first time, it is interrupted in its second epoch."""
-    command = "finetune small --data digits --epochs 2 --no-control --json --out"
-    whole = json.loads(run(f"{command} whole").stdout)
+def interrupted_and_resumed(run, monkeypatch, command, out, other):
+    """Return what ``command`` prints that was interrupted in its second epoch, and then given again.
+
+    It does not go on as another run: with the options ``other``.
+    """
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_end_epoch", interrupted_at(2, Trainer._end_epoch))
-        stopped = run(f"{command} t", code=130)
-    assert "nothing was saved; the same command goes on from t.checkpoint" in " ".join(stopped.stderr.split())
-    assert not (trained / "t").exists()
-    assert "is of another run" in run(f"{command} t --seed 1", code=1).stderr
-    history = json.loads(run(f"{command} t").stdout)
-    assert not (trained / "t.checkpoint").exists()
+        stopped = run(f"{command} {out}", code=130)
+    said = f"nothing was saved; the same command goes on from {out}.checkpoint"
+    assert said in " ".join(stopped.stderr.split())
+    assert not Path(out).exists()
+    assert "is of another run" in run(f"{command} {out} {other}", code=1).stderr
+    found = json.loads(run(f"{command} {out}").stdout)
+    assert not Path(f"{out}.checkpoint").exists()
+    return found
+
+
+@pytest.mark.slow
+def test_finetune_goes_on_by_the_same_command(run, trained, monkeypatch):
+    command = "finetune small --data digits --epochs 2 --no-control --json --out"
+    whole = json.loads(run(f"{command} whole").stdout)
+    history = interrupted_and_resumed(run, monkeypatch, command, "t", "--seed 1")
     losses = [[epoch["loss"] for epoch in each["epochs"]] for each in (whole, history)]
     assert losses[0] == losses[1]
     one, other = (tnc.load(trained / name).state_dict() for name in ("whole", "t"))
@@ -194,13 +204,7 @@ def test_progressive_goes_on_by_the_same_command(run, trained, monkeypatch):
     )
     command = f"{line} --config c.yaml --images 64 --no-control --json --out"
     whole = json.loads(run(f"{command} whole").stdout)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_end_epoch", interrupted_at(2, Trainer._end_epoch))
-        stopped = run(f"{command} t", code=130)
-    assert "the same command goes on from t.checkpoint" in " ".join(stopped.stderr.split())
-    assert "is of another run" in run(f"{command} t --epochs 2", code=1).stderr
-    made = json.loads(run(f"{command} t").stdout)
-    assert not (trained / "t.checkpoint").exists()
+    made = interrupted_and_resumed(run, monkeypatch, command, "t", "--epochs 2")
     losses = [[each["epochs"][0]["loss"] for each in one["rounds"]] for one in (whole, made)]
     assert losses[0] == losses[1]
     one, other = (tnc.load(trained / name).state_dict() for name in ("whole", "t"))
@@ -259,8 +263,8 @@ def test_train_writes_weights(run, tmp_path):
 def test_models_known_to_take_it_are_trained_in_the_fast_layout(run, trained, monkeypatch):
     asked = []
 
-    def seen(*_, **__):
-        asked.append((_[2].channels_last, _[2].mixed_precision))
+    def seen(model, loader, settings, **_):
+        asked.append((settings.channels_last, settings.mixed_precision))
         raise ValueError("seen enough")
 
     monkeypatch.setattr("tncompress.cli_train.train_", seen)
@@ -283,18 +287,10 @@ def test_models_known_to_take_it_are_trained_in_the_fast_layout(run, trained, mo
 
 @pytest.mark.slow
 def test_train_goes_on_by_the_same_command(run, tmp_path, monkeypatch):
-    """The first time, it is interrupted in its second epoch."""
     command = "train --model zoo:cnn4 --data digits --epochs 2 --json --out"
     whole = json.loads(run(f"{command} whole.safetensors").stdout)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_end_epoch", interrupted_at(2, Trainer._end_epoch))
-        stopped = run(f"{command} w.safetensors", code=130)
-    said = "nothing was saved; the same command goes on from w.safetensors.checkpoint"
-    assert said in " ".join(stopped.stderr.split())
-    assert not (tmp_path / "w.safetensors").exists()
-    assert "is of another run" in run(f"{command} w.safetensors --seed 1", code=1).stderr
-    assert json.loads(run(f"{command} w.safetensors").stdout)["accuracy"] == whole["accuracy"]
-    assert not (tmp_path / "w.safetensors.checkpoint").exists()
+    found = interrupted_and_resumed(run, monkeypatch, command, "w.safetensors", "--seed 1")
+    assert found["accuracy"] == whole["accuracy"]
     assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 

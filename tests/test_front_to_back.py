@@ -155,6 +155,7 @@ def test_gradients_make_small_what_the_loss_feels(format):
     options = {"batchnorm": False, "classifier": False, "ridge": 1e-6}
     plain = tnc.repair(small, dense, xs, **options)
     weighed = tnc.repair(small, dense, xs, calibration=moments, **options)
+    assert weighed.tncompress_repair.layers[0].reason is None  # what was fitted is taken
     assert weighed_error(weighed, dense, xs, moments) < weighed_error(plain, dense, xs, moments)
 
 
