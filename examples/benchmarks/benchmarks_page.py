@@ -28,9 +28,9 @@ LAYERS = """## Layers
 
 Speed-ups are against the fastest of three dense variants: torch's layer, the same with channels_last, and
 with prepacked weights. *ours* is the layer as `tnc.freeze` makes it, its contraction measured; ranks are the
-multiples of 16 at which the MACs come nearest to a quarter. tltorch holds the same factors, and the fastest
-of its implementations counts, in either memory layout. *spread* is the mean distance of the quartiles, over
-the median.
+multiples of {step} at which the MACs come nearest to a quarter. tltorch holds the same factors, and the
+fastest of its implementations counts, in either memory layout. *spread* is the mean distance of the
+quartiles, over the median.
 """
 
 GOALS = {("svd", 8): 3.4, ("tucker", 8): 3.4, ("mps", 8): 3.1, ("svd", 1): 2.8, ("tucker", 1): 2.8}
@@ -75,7 +75,8 @@ def layers(rows):
         line = [where, batch, name, len(own), f"{cut:.2f}x", f"{mean:.2f}x", f"{min(gains):.2f}x", goal]
         table.append([*line, theirs, f"{100 * noise:.0f} %"])
     head = ["environment", "batch", "format", "layers", "fewer MACs", "faster than dense", "least", "goal"]
-    text = LAYERS + "\n" + markdown_table([*head, "than tltorch", "spread"], table) + "\n"
+    steps = " or ".join(sorted({str(row.get("step", 16)) for row in rows}, key=int))
+    text = LAYERS.format(step=steps) + "\n" + markdown_table([*head, "than tltorch", "spread"], table) + "\n"
     for where in sorted({row["environment"] for row in rows}):
         own = [row for row in rows if row["environment"] == where]
         peers = [value for row in own if (value := against_peer(row)) is not None]

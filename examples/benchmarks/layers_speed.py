@@ -32,7 +32,7 @@ from torch import nn
 
 import tncompress as tnc
 from tncompress.contraction import dense_stage, macs_ratio
-from tncompress.cost_model import fastest_chain, in_turns, modelled_contraction
+from tncompress.cost_model import choose_packing_, fastest_chain, in_turns, modelled_contraction
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
 from tncompress.prepacked import FrozenChain, own_weights
@@ -57,7 +57,11 @@ FORMATS = {
 }
 
 
-def ranks_for(format, geometry, cut, step=16):
+STEP = 8
+"""Ranks are multiples of it: as many floats as a vector of AVX2 holds, half of what one of AVX-512 does."""
+
+
+def ranks_for(format, geometry, cut, step=STEP):
     """Return equal ranks, in steps, with which the chain's MACs are nearest to a ``cut``-th of the dense."""
     tops = format.max_ranks(geometry.kernel_shape)
     found = []
@@ -75,9 +79,13 @@ def random_layer(format, conv, ranks):
     return TNConv(format, geometry, factors, conv.bias.detach().clone()).requires_grad_(False).eval()
 
 
-def frozen(layer, way):
+def frozen(layer, way, x):
+    """Return a layer as `tnc.freeze` makes it for such inputs, with one contraction."""
     stages = merged_stages(layer.stages, way.merged)
-    return FrozenChain(layer.geometry, stages, own_weights(layer, way), layer.bias)
+    chain = FrozenChain(layer.geometry, stages, own_weights(layer, way), layer.bias)
+    with torch.inference_mode():
+        choose_packing_(chain, partial(chain, x))
+    return chain
 
 
 def dense_variants(conv):
@@ -147,7 +155,7 @@ def measure_layer(name, shape, batch, cut, seconds):
     last = x.contiguous(memory_format=torch.channels_last)
     way, _, _ = fastest_chain(layer, [tuple(x.shape)])
     runs = {key: (model, x if key == "dense" else last) for key, model in dense_variants(conv).items()}
-    runs["ours"] = (frozen(layer, way), last)
+    runs["ours"] = (frozen(layer, way, last), last)
     if name in ("tucker", "mps", "cp"):
         with torch.no_grad():
             for key, model in peers(name, layer).items():
@@ -172,12 +180,12 @@ def measure_choice(rng, seconds):
     conv = nn.Conv2d(into, out, kernel, stride=rng.choice([1, 1, 2]), padding=kernel // 2).requires_grad_(
         False
     )
-    ranks, real = ranks_for(FORMATS[name], ConvGeometry.of(conv), rng.choice([2, 3, 4, 6, 8]), step=8)
+    ranks, real = ranks_for(FORMATS[name], ConvGeometry.of(conv), rng.choice([2, 3, 4, 6, 8]))
     layer, shape = random_layer(FORMATS[name], conv, ranks), (rng.choice([1, 1, 2, 4, 8]), into, side, side)
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     measured, modelled = fastest_chain(layer, [shape])[0], modelled_contraction(layer, [shape])
     ways = all_contractions(layer.stages)
-    chains = [frozen(layer, way) for way in ways]
+    chains = [frozen(layer, way, x) for way in ways]
     times = in_turns([lambda chain=chain: chain(x) for chain in chains], seconds=seconds)
     best = min(times)
     return {
@@ -204,6 +212,7 @@ def run_layers(options):
             "layer": list(shape),
             "batch": batch,
             "cut": options.cut,
+            "step": STEP,
             "machine": machine(options.threads),
             "environment": environment(),
         }
@@ -228,7 +237,8 @@ def run_layers(options):
 
 
 def run_choices(options):
-    start = sum(row["kind"] == "choice" for row in known())
+    own = [row for row in known() if row["kind"] == "choice" and row["machine"] == machine(options.threads)]
+    start = len(own)
     for seed in range(start, start + options.most):
         torch.manual_seed(seed)
         found = measure_choice(random.Random(seed), options.seconds)

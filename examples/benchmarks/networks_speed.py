@@ -105,7 +105,7 @@ def measure(network, options):
     }
 
 
-KEYS = ("kind", "network", "format", "batch", "side", "bf16", "environment")
+KEYS = ("kind", "network", "format", "batch", "side", "bf16", "environment", "machine")
 
 
 def run_one(options):
@@ -125,7 +125,8 @@ def run_every(options):
             continue
         with torch.device("meta"):
             size = num_params(getattr(models, name)(**_plain(models, name)))
-        key = ("network", name, options.format, options.batch, options.side, options.bf16, environment())
+        setting = options.format, options.batch, options.side, options.bf16
+        key = ("network", name, *setting, environment(), machine(options.threads))
         if size > LARGEST or key in done:
             continue
         try:
