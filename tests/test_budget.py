@@ -223,8 +223,8 @@ def test_losses_are_close_to_those_of_real_fits(format):
     path = RankPath(kernels, tnc.Settings(format=format))
     ranks, fitted = ranks_along(path), []
 
-    estimate = path.estimate
-    path.estimate = lambda each: (fitted.append(each), estimate(each))[1]
+    estimates = path.estimates
+    path.estimates = lambda several: (fitted.extend(several), estimates(several))[1]
     errors = errors_along(path, ranks)
     assert len(fitted) <= FITS
     assert errors == sorted(errors, reverse=True)

@@ -323,6 +323,27 @@ def test_the_start_is_made_of_orthogonal_terms_and_knows_its_error(shape):
     assert float(error.max()) < 1e-12
 
 
+def test_estimates_at_several_ranks_are_those_at_each():
+    kernels = torch.stack([normal((12, 10, 3, 3)), border().new_ones(12, 10, 3, 3)]).float()
+    several = [(2,), (9,), (30,)]
+    assert CP().estimates(kernels, several) == [CP().estimate(kernels, ranks) for ranks in several]
+    assert CP().estimates(kernels, []) == []
+
+
+def test_systems_under_a_strong_pull_are_solved_in_their_own_precision_and_well():
+    gram = normal((1, 1, 20, 40)).float()
+    gram = gram @ gram.mT
+    target, previous = normal((1, 1, 20, 7), seed=1).float(), normal((1, 1, 20, 7), seed=2).float()
+    pull, none = torch.full((1, 1), als.STEADY_ENOUGH, dtype=torch.float64), torch.zeros(1, 1)
+    found = als.solve(gram, target, previous, pull, none)
+    wanted = als.solve(gram.double(), target.double(), previous.double(), pull, none)
+    assert found.dtype == torch.float32
+    assert 0 < (found - wanted).norm() <= 1e-4 * wanted.norm()
+    weak = als.solve(gram, target, previous, pull / 2, none)
+    exact = als.solve(gram.double(), target.double(), previous.double(), pull / 2, none)
+    assert torch.equal(weak, exact.float())
+
+
 @pytest.mark.parametrize("kind", ["normal", "border", "cancelling"])
 def test_the_error_does_not_rise_with_the_rank(kind):
     kernel = {"normal": normal((6, 5, 3, 3)), "border": border(), "cancelling": dense(cancelling(1e-3))}[kind]

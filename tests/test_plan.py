@@ -15,6 +15,7 @@ from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
 from tncompress.ranks import NoRanks
 from tncompress.spec import Energy, FixedRank, ParamsRatio, RelError, Settings
+from tncompress.threads import with_threads
 
 ALL = {"keep_dense": []}
 FORMATS = {
@@ -425,14 +426,17 @@ def test_a_single_rank_serves_layers_of_every_size():
     assert "ranks (4,) would hold 376 parameters, now 360" in plan.layers[3].reason
 
 
+@pytest.mark.parametrize("asked", [{"rank": {"rel_error": 0.5}}, {"budget": {"params": 0.4}}], ids=str)
 @pytest.mark.parametrize("format", ["svd", "tucker", "mps"])
-def test_layers_that_are_planned_side_by_side_are_those_planned_in_turn(format, monkeypatch):
+def test_layers_that_are_planned_side_by_side_are_those_planned_in_turn(format, asked):
     model = tnc.build_model("zoo:cnn4")
-    spec = {"default": {"format": format, "rank": {"rel_error": 0.5}}}
+    rank = {"rank": asked["rank"]} if "rank" in asked else {}
+    spec = {name: value for name, value in asked.items() if name == "budget"}
+    spec |= {"default": {"format": format, **rank}}
     plans = []
     for threads in (1, 2):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        plans.append(tnc.make_plan(model, spec))
+        with with_threads(threads):
+            plans.append(tnc.make_plan(model, spec))
     first, second = plans
     assert [p.name for p in first.layers] == [p.name for p in second.layers]
     assert [p.ranks for p in first.compressed] == [p.ranks for p in second.compressed]

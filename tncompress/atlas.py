@@ -130,17 +130,16 @@ class _Subject:
 
 def _all_rows(subjects: list[_Subject], *, show: bool) -> tuple[CutRow, ...]:
     """Return the rows of all layers, in order; on a CPU several layers at a time, the dearest first."""
-    order = sorted(subjects, key=lambda subject: -subject.cost)
     on_cpu = all(subject.weight.device.type == "cpu" for subject in subjects)
-    with progress_bar(len(order), show=show) as advance, torch.no_grad():
+    with progress_bar(len(subjects), show=show) as advance, torch.no_grad():
         found = side_by_side(
             _Subject.rows,
-            order,
+            subjects,
             threads=None if on_cpu else 1,
+            cost=lambda subject: subject.cost,
             done=lambda subject: advance(subject.layer.name),
         )
-    by_depth = sorted(zip(order, found, strict=True), key=lambda pair: pair[0].depth)
-    return tuple(row for _, rows in by_depth for row in rows)
+    return tuple(row for rows in found for row in rows)
 
 
 def _is_convolution(layer: Layer) -> bool:

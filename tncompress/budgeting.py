@@ -15,9 +15,9 @@ from tncompress.discovery import Layer
 from tncompress.judge import Judge
 from tncompress.knapsack import Infeasible, Solution, solve
 from tncompress.latency import Clock
+from tncompress.layerwise import for_each_layer
 from tncompress.plan import BudgetReport, LayerPlan, Skip
 from tncompress.spec import Budget, Settings, Spec
-from tncompress.tables import watched
 
 SHOWN = 3
 """How many of the layers that stand in the way of a budget an error names."""
@@ -53,8 +53,9 @@ def allot(
     asked = budget.asked
     clock = Clock(budget.latency_from) if "latency" in asked else None
     open_layers = [layer for layer in layers if layer.name not in decided]
-    offers = {
-        layer.name: candidates_of(
+
+    def weighed(layer: Layer) -> list[Candidate]:
+        return candidates_of(
             layer,
             spec.rule_for(layer.names),
             judge,
@@ -62,8 +63,10 @@ def allot(
             clock=clock,
             allow_larger=spec.allow_larger,
         )
-        for layer in watched(open_layers, "weighing candidates", show=progress)
-    }
+
+    alone = clock is not None and clock.source == "measurement"  # nothing else may run while it measures
+    beside = judge.calibration is None and not alone
+    offers = for_each_layer(open_layers, weighed, "weighing", beside=beside, progress=progress)
     now = {layer.name: dense_candidate(layer, calls.get(layer.name), clock) for layer in layers}
     dense = _dense_totals(model, now.values(), asked, clock, example_inputs)
     limits = np.array([fraction * total for fraction, total in zip(asked.values(), dense, strict=True)])

@@ -139,7 +139,7 @@ def errors_along(path: RankPath, ranks: Sequence[Ranks]) -> list[float]:
     fits = FITS - large if path.tails is None else GUIDED_FITS
     spread = np.linspace(np.sqrt(roots[0]), np.sqrt(roots[last]), fits)
     at = np.unique(np.abs(np.sqrt(roots)[:, None] - spread).argmin(0))
-    squares = np.array([max(path.estimate(ranks[i]) ** 2, FLOOR) for i in at])
+    squares = np.maximum(np.square(path.estimates([ranks[i] for i in at])), FLOOR)
     logs = _interpolated(roots, roots[at], np.log(squares / guide[at]), further=path.tails is None)
     return np.sqrt(np.minimum.accumulate(np.exp(logs) * guide)).tolist()
 

@@ -17,6 +17,7 @@ from tncompress.costs import Calls, excess_of_macs, layer_macs, stages_macs
 from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
 from tncompress.formats import Fit, Format
 from tncompress.judge import Judge
+from tncompress.layerwise import for_each_layer
 from tncompress.metric import Metric
 from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.ranks import NoRanks, choose, fit_at
@@ -25,8 +26,6 @@ from tncompress.running import input_shapes
 from tncompress.selection import check_weight, describe, kept_dense, memory_for
 from tncompress.sensitivity import quick_sensitivity
 from tncompress.spec import Rule, Settings, Spec
-from tncompress.tables import progress_bar, watched
-from tncompress.threads import side_by_side
 
 Decision = tuple[LayerPlan, Fit | None] | Skip
 
@@ -93,9 +92,13 @@ def make_plan(
             model, layers, decided, spec, judge, calls=calls, example_inputs=example_inputs, progress=progress
         )
         open_layers = [layer for layer in layers if layer.name in chosen]
-        for layer in watched(open_layers, "fitting", show=progress):
-            metric = judge.metric(layer.name)
-            made[layer.name] = _carry_out(layer, chosen[layer.name], calls.get(layer.name), metric)
+
+        def carried_out(layer: Layer) -> Decision:
+            return _carry_out(layer, chosen[layer.name], calls.get(layer.name), judge.metric(layer.name))
+
+        made |= for_each_layer(
+            open_layers, carried_out, "fitting", beside=judge.calibration is None, progress=progress
+        )
         report = replace(report, fitted=_fitted_loss({name: made[name] for name in chosen}, judge))
     decisions = [(layer.name, made[layer.name]) for layer in layers]
     fits = {name: one[1] for name, one in decisions if isinstance(one, tuple) and one[1] is not None}
@@ -109,7 +112,7 @@ def _by_rules(
 ) -> dict[str, Decision]:
     """Return what becomes of each layer whose ranks are not left to a budget."""
     kept, made = kept_dense(spec, layers), dict[str, Decision]()
-    wanted: list[tuple[Layer, Settings]] = []
+    wanted: dict[str, tuple[Layer, Settings]] = {}
     for layer in layers:
         rule = spec.rule_for(layer.names)
         reason = layer.obstacle or kept.get(layer.name)
@@ -120,24 +123,15 @@ def _by_rules(
         elif under_budget(spec, rule):
             check_weight(layer, needed=True)
         else:
-            wanted.append((layer, rule))
+            wanted[layer.name] = layer, rule
 
-    def planned(one: tuple[Layer, Settings]) -> Decision:
-        layer, settings = one
+    def planned(layer: Layer) -> Decision:
+        settings = wanted[layer.name][1]
         return _plan_layer(layer, settings, spec, calls.get(layer.name), judge.metric(layer.name))
 
-    with progress_bar(len(wanted), show=progress) as advance:
-        found = side_by_side(
-            planned,
-            wanted,
-            threads=None if judge.calibration is None and _all_on_cpu(layers) else 1,
-            done=lambda one: advance(f"planning {one[0].name}"),
-        )
-    return made | {layer.name: one for (layer, _), one in zip(wanted, found, strict=True)}
-
-
-def _all_on_cpu(layers: Sequence[Layer]) -> bool:
-    return all(layer.weight().device.type == "cpu" for layer in layers)
+    asked = [layer for layer, _ in wanted.values()]
+    beside = judge.calibration is None  # with moments a layer takes much memory, and products on all cores
+    return made | for_each_layer(asked, planned, "planning", beside=beside, progress=progress)
 
 
 def _fitted_loss(made: Mapping[str, Decision], judge: Judge) -> float:

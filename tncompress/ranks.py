@@ -217,7 +217,7 @@ class RankPath:
             return self.format.feasible(self.shape, grown)
         ranks = []
         for grid, tail in zip(self.grids, self.tails, strict=True):
-            place = bisect_left([-tail[rank] for rank in grid], -level)
+            place = bisect_left(grid, -level, key=partial(_falling, tail))
             ranks.append(grid[min(place, len(grid) - 1)])
         return self.format.feasible(self.shape, tuple(ranks))
 
@@ -241,11 +241,11 @@ class RankPath:
         """Return the fit at ``ranks``, in the metric if there is one; None for kernels without weights."""
         return fit_at(self.format, self.kernels, ranks, self.metric)
 
-    def estimate(self, ranks: Ranks) -> float:
-        """Return about the error that :meth:`fit` reaches at ``ranks``, in less time."""
+    def estimates(self, several: Sequence[Ranks]) -> list[float]:
+        """Return about the errors that :meth:`fit` reaches at ``several`` ranks, in less time."""
         if self.metric is None:
-            return self.format.estimate(self.kernels, ranks)
-        return self.draft(ranks).loss
+            return self.format.estimates(self.kernels, several)
+        return [self.draft(ranks).loss for ranks in several]
 
     def draft(self, ranks: Ranks) -> Fit:
         """Return a fit at ``ranks`` that :meth:`fit` would better, in less time."""
@@ -331,6 +331,11 @@ class RankPath:
                 break
             ranks = max(moves)[1]
         return ranks
+
+
+def _falling(tail: Sequence[float], rank: int) -> float:
+    """Return what rises with the rank: the weight that it leaves out, negated."""
+    return -tail[rank]
 
 
 def _grid(top: int, settings: Settings) -> list[int]:

@@ -36,13 +36,14 @@ def side_by_side(
     items: Sequence[T],
     *,
     threads: int | None = None,
+    cost: Callable[[T], float] = lambda _: 0.0,
     done: Callable[[T], None] = lambda _: None,
 ) -> list[R]:
     """Return ``[work(item) for item in items]``, carried out on as many cores as torch may use here.
 
-    Items are begun in their order: put the longest first. ``done`` is called in this thread as each is ready.
-    An error ends it, and is that of the first item in order that has one. How many cores torch uses in other
-    threads is not changed.
+    Those of the highest ``cost`` are begun first, so that no long one is left for the end. ``done`` is called
+    in this thread as each is ready. An error ends it, and is that of the first item in order that has one.
+    How many cores torch uses in other threads is not changed.
     """
     threads = min(threads or torch.get_num_threads(), len(items))
     if threads < 2:
@@ -53,7 +54,9 @@ def side_by_side(
         return results
     lock = threading.Lock()
     with ThreadPoolExecutor(threads, initializer=_use_one_core, initargs=(lock,)) as pool:
-        futures = {pool.submit(work, item): item for item in items}
+        order = sorted(range(len(items)), key=lambda place: -cost(items[place]))
+        begun = {place: pool.submit(work, items[place]) for place in order}
+        futures = {begun[place]: items[place] for place in range(len(items))}
         try:
             for future in as_completed(futures):
                 future.result()

@@ -25,6 +25,8 @@ CORRECTIONS, LAST_SWEEPS, LOOSER, LARGEST_TERM = 60, 5, 1.01, 9.0
 """How :func:`tame` corrects large terms; rounding to half precision may add a little to the largest."""
 JITTER = 1e-14
 """Added to a Gram matrix, over its mean diagonal: keeps terms that have died from making it singular."""
+STEADY_ENOUGH = 1e-3
+"""From this pull towards the previous matrix on, systems of float32 matrices are solved in float32."""
 
 
 def descend(
@@ -100,18 +102,23 @@ def _solve_small(
 
 
 def solve(gram: Tensor, target: Tensor, previous: Tensor, steady: PerItem, shrink: PerItem) -> Tensor:
-    """Return the solutions of ``gram @ x = target`` under the two penalties of :func:`sweep`, in float64.
+    """Return the solutions of ``gram @ x = target`` under the two penalties of :func:`sweep`.
 
-    The squared norm of a term is its squared vector times the diagonal entry of ``gram``: penalising it by mu
-    multiplies the diagonal by 1 + mu. Where a system cannot be solved, the previous matrix stays.
+    They are found in float64, or in the precision of ``previous`` under a strong pull towards it, which
+    bounds the condition of the systems. The squared norm of a term is its squared vector times the diagonal
+    entry of ``gram``: penalising it by mu multiplies the diagonal by 1 + mu. Where a system cannot be
+    solved, the previous matrix stays.
     """
-    damped = gram.to(torch.float64, copy=True)
+    coarse = gram.dtype == torch.float32 and bool((steady >= STEADY_ENOUGH).all())
+    damped = gram.to(torch.float32 if coarse else torch.float64, copy=True)
+    steady, shrink = steady.to(damped.dtype), shrink.to(damped.dtype)
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     scale = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(damped.dtype).tiny)
     pull = steady[..., None] * scale
     diagonal += shrink[..., None] * diagonal + pull + JITTER * scale
     lower, failed = torch.linalg.cholesky_ex(damped)
-    solved = torch.cholesky_solve(target.double() + pull[..., None] * previous, lower).to(previous.dtype)
+    right = target.to(damped.dtype) + pull[..., None] * previous
+    solved = torch.cholesky_solve(right, lower).to(previous.dtype)
     sound = (failed == 0) & solved.sum((-2, -1)).isfinite()
     return torch.where(sound[..., None, None], solved, previous)
 
@@ -210,33 +217,48 @@ def _relative_error(work: Tensor, a: Tensor, target: Tensor, gram: Tensor) -> Pe
 
 
 def slice_start(work: Tensor, rank: int) -> tuple[Matrices, PerItem]:
-    """Return the strongest ``rank`` of the product terms found by an SVD of every slice, and their errors.
+    """Return the strongest ``rank`` of the terms of :class:`Slices`, and the relative errors they leave."""
+    return Slices.of(work).strongest(rank)
+
+
+class Slices(NamedTuple):
+    """All product terms found by an SVD of every slice of a stack of tensors, in no order.
 
     Slices are taken along the principal directions of the small modes. All their terms together are the
     tensor itself, which is why the largest rank is exact. They are orthogonal, so that no term is larger
-    than the tensor, and the squared error is the energy of those left out.
+    than the tensor, and the squared error of some of them is the energy of the others.
     """
-    directions = []
-    rotated = work
-    for mode in range(3, work.ndim):
-        basis = _principal(work.movedim(mode, 1).flatten(2))
-        moved = rotated.movedim(mode, -1)
-        rotated = (moved.flatten(1, -2) @ basis).reshape(moved.shape).movedim(-1, mode)
-        directions.append(basis.mT)
-    slices = rotated.flatten(3).permute(0, 3, 2, 1)
-    left = _principal(slices).mT
-    right = left @ slices
-    strengths = right.norm(dim=-1).flatten(1)
-    order = strengths.argsort(dim=1, descending=True, stable=True)
-    dropped = strengths.gather(1, order[:, rank:]).double().norm(dim=1)
-    chosen = order[:, :rank]
-    a, b = (_rows(side.flatten(1, 2), chosen) for side in (right, left))
-    place, small = chosen // work.shape[2], []
-    for basis in reversed(directions):
-        size = basis.shape[1]
-        small.append(_rows(basis, place % size))
-        place = place // size
-    return balance([matrix[:, None] for matrix in (a, b, *reversed(small))]), dropped[:, None]
+
+    left: Tensor
+    right: Tensor
+    directions: Matrices
+
+    @classmethod
+    def of(cls, work: Tensor) -> Slices:
+        """Return the terms of tensors ``(groups, *sizes)`` whose modes are ordered by size."""
+        directions, rotated = [], work
+        for mode in range(3, work.ndim):
+            basis = _principal(work.movedim(mode, 1).flatten(2))
+            moved = rotated.movedim(mode, -1)
+            rotated = (moved.flatten(1, -2) @ basis).reshape(moved.shape).movedim(-1, mode)
+            directions.append(basis.mT)
+        slices = rotated.flatten(3).permute(0, 3, 2, 1)
+        left = _principal(slices).mT
+        return cls(left, left @ slices, directions)
+
+    def strongest(self, rank: int) -> tuple[Matrices, PerItem]:
+        """Return the ``rank`` strongest terms of each tensor, and the norms of what the others are."""
+        strengths = self.right.norm(dim=-1).flatten(1)
+        order = strengths.argsort(dim=1, descending=True, stable=True)
+        dropped = strengths.gather(1, order[:, rank:]).double().norm(dim=1)
+        chosen = order[:, :rank]
+        a, b = (_rows(side.flatten(1, 2), chosen) for side in (self.right, self.left))
+        place, small = chosen // self.left.shape[2], []
+        for basis in reversed(self.directions):
+            size = basis.shape[1]
+            small.append(_rows(basis, place % size))
+            place = place // size
+        return balance([matrix[:, None] for matrix in (a, b, *reversed(small))]), dropped[:, None]
 
 
 def _principal(matrix: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m m"]:

@@ -156,6 +156,10 @@ class Format(ABC):
         """Return about the relative error of a fit to a stack of kernels, in less time if there is a way."""
         return self.fit_groups(kernels, ranks).rel_error
 
+    def estimates(self, kernels: Tensor, several: Sequence[Ranks]) -> list[float]:
+        """Return what :meth:`estimate` gives at each of several ranks."""
+        return [self.estimate(kernels, ranks) for ranks in several]
+
     @classmethod
     def contenders(cls) -> tuple[Format, ...]:
         """Return the variants of the format that compete where a spec leaves the format open."""

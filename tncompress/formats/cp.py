@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ TRIAL, CHEAP = 60, 2**22
 products have random ones beside the first."""
 DRAFT = 24
 """Sweeps of a draft."""
-FEW, DOUBLINGS = 5, 2
+FEW, DOUBLINGS = 4, 4
 """Sweeps of the two halves of an estimate, and how many doublings of their number it is carried on for."""
 CHUNK = 2**20
 """Kernels are fitted together as long as they keep no more than ``CHUNK`` numbers in work."""
@@ -102,21 +103,26 @@ class CP(Format):
 
         Each doubling of their number lowers the logarithm of the error about as much as the one before.
         """
+        return self.estimates(kernels, [ranks])[0]
+
+    def estimates(self, kernels: Tensor, several: Sequence[Ranks]) -> list[float]:
         shape = tuple(kernels.shape[1:])
-        (rank,) = self.check_ranks(shape, ranks)
+        checked = [self.check_ranks(shape, ranks)[0] for ranks in several]
         if len(self.modes(shape)) == 2:
-            return self.fit_groups(kernels, ranks).rel_error
-        parts = []
-        for part in kernels.split(_chunk(shape, rank, 1)):
+            return [self.fit_groups(kernels, ranks).rel_error for ranks in several]
+        parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in checked]
+        for part in kernels.split(_chunk(shape, max(checked, default=1), 1)):
             work, peaks, norms = self._normalised(part)
             order = sorted(range(1, work.ndim), key=lambda mode: -work.shape[mode])
             work = work.permute(0, *order).contiguous().float()
-            start, left_out = als.slice_start(work, rank)
-            fewer, before = als.descend(work, start, FEW, als.STIFF)
-            _, after = als.descend(work, fewer, FEW, als.STIFF)
-            further = after * (after / before.clamp_min(als.GOOD_ENOUGH)).clamp_max(1.0) ** DOUBLINGS
-            parts.append((torch.minimum(further, left_out)[:, 0], norms[:, 0], peaks[:, 0]))
-        return _joint_error(*(torch.cat(values) for values in zip(*parts, strict=True)))
+            slices = als.Slices.of(work)
+            for rank, own in zip(checked, parts, strict=True):
+                start, left_out = slices.strongest(rank)
+                fewer, before = als.descend(work, start, FEW, als.STIFF)
+                _, after = als.descend(work, fewer, FEW, als.STIFF)
+                further = after * (after / before.clamp_min(als.GOOD_ENOUGH)).clamp_max(1.0) ** DOUBLINGS
+                own.append((torch.minimum(further, left_out)[:, 0], norms[:, 0], peaks[:, 0]))
+        return [_joint_error(*(torch.cat(values) for values in zip(*own, strict=True))) for own in parts]
 
     def _fit_stack(self, kernels: Tensor, ranks: Ranks, *, draft: bool = False) -> Fit:
         shape = tuple(kernels.shape[1:])
