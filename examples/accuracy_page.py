@@ -50,9 +50,8 @@ python examples/accuracy_at_size.py page
 ```
 
 from the rows in `docs/accuracy.jsonl`. A cut of 4x means a quarter of all convolution parameters (factors and
-biases; the stem, which stays dense, is counted), or of the MACs of the whole model. The trained networks of
-cnn4 are in `examples/weights/`, with all there is to add rows or to check them; resnet20's are not kept any
-more, so that its rows stand as they are until it is trained and measured anew.
+biases; the stem, which stays dense, is counted), or of the MACs of the whole model. The trained networks
+are in `examples/weights/`, with all there is to add rows or to check them.
 """
 
 MISSED = """
@@ -283,7 +282,10 @@ def times(rows: list[dict]) -> str:
         cells = (f"{row[name]:.1f}" for name in names)
         lines.append((network, *cells, f"{total:.0f}", f"{row['peak_gib']:.1f}"))
     header = ("seconds", *names, "all with data", "peak GiB")
-    machine = ", ".join(f"{key} {value}" for key, value in next(iter(found.values()))["environment"].items())
+    machines = [", ".join(f"{k} {v}" for k, v in row["environment"].items()) for row in found.values()]
+    machine = "; ".join(dict.fromkeys(machines))
+    if len(set(machines)) > 1:
+        machine = "; ".join(f"{name}: {each}" for name, each in zip(found, machines, strict=True))
     words = (
         "All formats compete for a budget of a quarter of the parameters, on 1,024 images (for torchvision's "
         "ResNet-50 random ones of 224 pixels); weights are random. Wall time in seconds, two cores:\n\n"
