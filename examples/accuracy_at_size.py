@@ -51,9 +51,17 @@ class Bench:
     """One trained network, its calibration images and test split, and the file that results go to."""
 
     def __init__(
-        self, network: str, seeds: tuple[int, int], weights: Path, results: Path, *, brief: bool = False
+        self,
+        network: str,
+        seeds: tuple[int, int],
+        weights: Path,
+        results: Path,
+        *,
+        brief: bool = False,
+        formats: tuple[str, ...] = tuple(FORMATS),
     ) -> None:
         self.network, self.seeds, self.results, self.brief = network, seeds, results, brief
+        self.formats = {name: FORMATS[name] for name in formats}
         self.data = load_data(DATA)
         self.dense = tnc.build_model(f"zoo:{network}", num_classes=10, in_channels=1).eval()
         tnc.load_weights(self.dense, weights / f"{network}-{seeds[0]}.safetensors")
@@ -140,7 +148,7 @@ def measure(bench: Bench, part: str) -> None:
     would bring in repair is the part ``gradients``.
     """
     first = {"mps": FORMATS["mps"]}
-    rest = {name: fmt for name, fmt in FORMATS.items() if name not in first}
+    rest = {name: fmt for name, fmt in bench.formats.items() if name not in first}
     if not bench.is_done(step="dense"):
         bench.write(bench.dense, 0.0, step="dense")
     if part == "goal":
@@ -155,8 +163,8 @@ def measure(bench: Bench, part: str) -> None:
         budgets(bench, "params", TIMES, rest)
         uniform(bench, "params", TIMES, rest)
     elif part == "macs":
-        budgets(bench, "macs", TIMES, FORMATS)
-        uniform(bench, "macs", TIMES, FORMATS)
+        budgets(bench, "macs", TIMES, bench.formats)
+        uniform(bench, "macs", TIMES, bench.formats)
     else:
         repaired_by_gradients(bench, [("params", times) for times in TIMES] + [("both", t) for t in BOTH])
 
@@ -408,6 +416,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--part", choices=PARTS, help="all, in this order, by default")
     parser.add_argument("--brief", action="store_true", help="leave out the steps before data-aware")
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="of the parts formats and macs"
+    )
     options = parser.parse_args()
     if options.command == "train":
         train(options.weights)
@@ -419,7 +430,8 @@ def main() -> None:
             for number, seeds in enumerate(SEEDS[network]):
                 if options.seed in (None, number):
                     places = options.weights, options.results
-                    measure(Bench(network, seeds, *places, brief=options.brief), part)
+                    chosen = {"brief": options.brief, "formats": tuple(options.formats)}
+                    measure(Bench(network, seeds, *places, **chosen), part)
     else:
         from accuracy_page import page
 
