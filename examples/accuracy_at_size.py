@@ -17,7 +17,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 
@@ -58,10 +58,10 @@ class Bench:
         results: Path,
         *,
         brief: bool = False,
-        formats: tuple[str, ...] = tuple(FORMATS),
+        formats: Iterable[str] | None = None,
     ) -> None:
         self.network, self.seeds, self.results, self.brief = network, seeds, results, brief
-        self.formats = {name: FORMATS[name] for name in formats}
+        self.formats = {name: FORMATS[name] for name in formats or FORMATS}
         self.data = load_data(DATA)
         self.dense = tnc.build_model(f"zoo:{network}", num_classes=10, in_channels=1).eval()
         tnc.load_weights(self.dense, weights / f"{network}-{seeds[0]}.safetensors")
@@ -416,9 +416,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--part", choices=PARTS, help="all, in this order, by default")
     parser.add_argument("--brief", action="store_true", help="leave out the steps before data-aware")
-    parser.add_argument(
-        "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="of the parts formats and macs"
-    )
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, help="of the parts formats and macs; all")
     options = parser.parse_args()
     if options.command == "train":
         train(options.weights)
@@ -430,7 +428,7 @@ def main() -> None:
             for number, seeds in enumerate(SEEDS[network]):
                 if options.seed in (None, number):
                     places = options.weights, options.results
-                    chosen = {"brief": options.brief, "formats": tuple(options.formats)}
+                    chosen = {"brief": options.brief, "formats": options.formats}
                     measure(Bench(network, seeds, *places, **chosen), part)
     else:
         from accuracy_page import page
