@@ -282,12 +282,12 @@ def times(rows: list[dict]) -> str:
         cells = (f"{row[name]:.1f}" for name in names)
         lines.append((network, *cells, f"{total:.0f}", f"{row['peak_gib']:.1f}"))
     header = ("seconds", *names, "all with data", "peak GiB")
-    machines = [", ".join(f"{k} {v}" for k, v in row["environment"].items()) for row in found.values()]
-    machine = "; ".join(dict.fromkeys(machines))
-    if len(set(machines)) > 1:
-        machine = "; ".join(f"{name}: {each}" for name, each in zip(found, machines, strict=True))
+    measured = defaultdict(list)
+    for network, row in found.items():
+        measured[", ".join(f"{key} {value}" for key, value in row["environment"].items())].append(network)
+    machines = "; ".join(f"{' and '.join(names)}: {words}" for words, names in measured.items())
     words = (
         "All formats compete for a budget of a quarter of the parameters, on 1,024 images (for torchvision's "
         "ResNet-50 random ones of 224 pixels); weights are random. Wall time in seconds, two cores:\n\n"
     )
-    return f"{words}{markdown_table(header, lines)}\n\n{machine}\n"
+    return f"{words}{markdown_table(header, lines)}\n\n{machines}\n"

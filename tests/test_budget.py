@@ -11,6 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tncompress as tnc
+from tncompress import layerwise
 from tncompress.candidates import FITS, candidates_of, errors_along, ranks_along
 from tncompress.cli import app
 from tncompress.discovery import find_layers
@@ -232,6 +233,30 @@ def test_losses_are_close_to_those_of_real_fits(format):
         true = format.fit_groups(kernels, each).rel_error
         if path.params(each) < 0.5 * kernels.numel():
             assert error == pytest.approx(true, rel=0.25, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("budget", "threads"),
+    [
+        ({"params": 0.9}, None),
+        ({"latency": 0.9, "latency_from": "model"}, None),
+        ({"latency": 0.9, "latency_from": "measurement"}, 1),
+    ],
+    ids=str,
+)
+def test_nothing_runs_beside_a_measurement(budget, threads, monkeypatch):
+    monkeypatch.setattr("tncompress.latency.measured", lambda *chain, **_: modelled(*chain))
+    monkeypatch.setattr("tncompress.latency.latencies", lambda *_, **__: [Latency(4e-3, 0.0, 1)])
+    asked, real = [], layerwise.side_by_side
+    monkeypatch.setattr(
+        layerwise,
+        "side_by_side",
+        lambda *a, threads, **k: (asked.append(threads), real(*a, threads=1, **k))[1],
+    )
+    model = nn.Sequential(*(nn.Conv2d(96, 96, 3, padding=1) for _ in range(4)))
+    make_plan(model, spec_of(budget, "svd"), example_inputs=torch.randn(1, 96, 24, 24))
+    assert len(asked) == 3  # by rules, weighed, fitted
+    assert asked[1] == threads
 
 
 def test_formats_alike_on_a_kernel_are_tried_once():

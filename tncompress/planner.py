@@ -91,15 +91,8 @@ def make_plan(
         chosen, report = allot(
             model, layers, decided, spec, judge, calls=calls, example_inputs=example_inputs, progress=progress
         )
-        open_layers = [layer for layer in layers if layer.name in chosen]
-
-        def carried_out(layer: Layer) -> Decision:
-            return _carry_out(layer, chosen[layer.name], calls.get(layer.name), judge.metric(layer.name))
-
-        made |= for_each_layer(
-            open_layers, carried_out, "fitting", beside=judge.calibration is None, progress=progress
-        )
-        report = replace(report, fitted=_fitted_loss({name: made[name] for name in chosen}, judge))
+        fitted = _by_choice(layers, chosen, judge, calls, progress=progress)
+        made, report = made | fitted, replace(report, fitted=_fitted_loss(fitted, judge))
     decisions = [(layer.name, made[layer.name]) for layer in layers]
     fits = {name: one[1] for name, one in decisions if isinstance(one, tuple) and one[1] is not None}
     planned = tuple(one if isinstance(one, Skip) else one[0] for _, one in decisions)
@@ -132,6 +125,23 @@ def _by_rules(
     asked = [layer for layer, _ in wanted.values()]
     beside = judge.calibration is None  # with moments a layer takes much memory, and products on all cores
     return made | for_each_layer(asked, planned, "planning", beside=beside, progress=progress)
+
+
+def _by_choice(
+    layers: Sequence[Layer],
+    chosen: Mapping[str, Candidate],
+    judge: Judge,
+    calls: Mapping[str, Calls],
+    *,
+    progress: bool,
+) -> dict[str, Decision]:
+    """Return what becomes of each layer for which a candidate was chosen, with its fit."""
+
+    def carried_out(layer: Layer) -> Decision:
+        return _carry_out(layer, chosen[layer.name], calls.get(layer.name), judge.metric(layer.name))
+
+    asked = [layer for layer in layers if layer.name in chosen]
+    return for_each_layer(asked, carried_out, "fitting", beside=judge.calibration is None, progress=progress)
 
 
 def _fitted_loss(made: Mapping[str, Decision], judge: Judge) -> float:
