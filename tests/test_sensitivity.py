@@ -1,6 +1,7 @@
 """Sensitivity: rows are what compressing one layer does, outlive a kill, and predictions follow them."""
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ import tncompress as tnc
 from tncompress.cli import app
 from tncompress.discovery import find_layers
 from tncompress.outputs import DenseOutputs, Images
+from tncompress.replay import Replay
 from tncompress.response_curves import fit_curve
 from tncompress.responses import Row, Sensitivity
 from tncompress.sensitivity import quick_sensitivity
@@ -221,6 +223,63 @@ def test_it_is_deterministic_and_leaves_the_random_state(model, batches, quick_c
     assert measured(model, batches, formats=("cp", "tucker")) == one
 
 
+# --- what is not run again ---------------------------------------------------------------------------------
+
+
+class InPlace(Branching):
+    """Works on what layers put out, has a hook change it, and a layer whose forward is its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.left.register_forward_hook(lambda _, args, output: output * 2 + 1)
+        self.block.forward = functools.partial(nn.Conv2d.forward, self.block)
+
+    def forward(self, x):
+        x = self.block(self.stem(x).relu_()).mul_(3)
+        return self.head(self.right(x).relu_().add_(self.left(x)).mean((2, 3)))
+
+
+def forwards(model):
+    """Return what each module of ``model`` holds by itself."""
+    return {name: vars(module).get("forward") for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("kind", [Branching, Many, Clipped, InPlace])
+@pytest.mark.parametrize("room", [6000, 2**30])
+def test_rows_are_the_same_where_layers_before_a_change_are_not_run(kind, room, batches, monkeypatch):
+    model, options = kind().double().eval(), {"formats": ("svd", "tucker"), "ratios": (0.6, 0.3)}
+    dense = DenseOutputs(model, Images(tuple(x for x, _ in batches), None), [model.stem, model.left])
+    before = forwards(model)
+    assert dense.change(model, model.left).error == 0
+    assert forwards(model) == before
+    found = []
+    for most in (0, room):
+        monkeypatch.setattr(sys.modules["tncompress.outputs"], "Replay", functools.partial(Replay, room=most))
+        found.append(measured(model, batches, **options).rows)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "spared"),
+    [
+        ("stem", []),
+        ("block", ["stem"]),
+        ("left", ["stem", "block"]),
+        ("twice", ["stem", "block", "left", "right"]),
+        ("head", ["stem", "block", "left", "right"]),  # what is called twice is run again
+    ],
+)
+def test_layers_called_before_the_changed_one_are_not_run(changed, spared, batches):
+    model, ran = Branching().double().eval(), []
+    layers = {name: getattr(model, name) for name in ("stem", *LAYERS, "head")}
+    for name, layer in layers.items():
+        layer.forward = lambda x, name=name, layer=layer: ran.append(name) or type(layer).forward(layer, x)
+    dense = DenseOutputs(model, Images(tuple(x for x, _ in batches), None), layers.values())
+    ran.clear()
+    assert dense.change(model, layers[changed]).error == 0
+    assert set(ran) == set(layers) - set(spared)
+
+
 # --- the cache ----------------------------------------------------------------------------------------------
 
 
@@ -228,11 +287,11 @@ def stop_after(monkeypatch, count, error=KeyboardInterrupt):
     """Let ``count`` measurements pass, then raise; return the list of measured ones."""
     change, done = DenseOutputs.change, []
 
-    def limited(self, model):
+    def limited(self, model, changed=None):
         if len(done) >= count:
             raise error
         done.append(1)
-        return change(self, model)
+        return change(self, model, changed)
 
     monkeypatch.setattr(DenseOutputs, "change", limited)
     return done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from tncompress.replay import Replay
 from tncompress.running import eval_mode
 
 
@@ -96,12 +98,18 @@ class Change:
 
 
 class DenseOutputs:
-    """What the dense model puts out on ``images``, against which others are measured."""
+    """What the dense model puts out on ``images``, against which others are measured.
 
-    def __init__(self, model: nn.Module, images: Images) -> None:
-        self.images = images
+    Of ``layers``, outputs are kept, so that of the model with one of them changed only the rest is run.
+    """
+
+    def __init__(self, model: nn.Module, images: Images, layers: Iterable[nn.Module] = ()) -> None:
+        self.images, self.replay = images, Replay(layers)
+        found = []
         try:
-            found = [_run(model, x) for x in images.inputs]
+            for number, x in enumerate(images.inputs):
+                with self.replay.recorded(number):
+                    found.append(_run(model, x))
         except RuntimeError as error:
             shape, reason = tuple(images.inputs[0].shape), str(error).splitlines()[0]
             raise ValueError(f"the model can't be run on batches of shape {shape}: {reason}") from error
@@ -115,9 +123,15 @@ class DenseOutputs:
             raise ValueError(f"the output does not differ between the {len(images)} images: wanted several")
         self.accuracy = self._accuracy(self.outputs)
 
-    def change(self, model: nn.Module) -> Change | None:
-        """Return how far the outputs of ``model`` are from the dense ones; None where some are not finite."""
-        outputs = [_run(model, x)[0] for x in self.images.inputs]
+    def change(self, model: nn.Module, changed: nn.Module | None = None) -> Change | None:
+        """Return how far the outputs of ``model`` are from the dense ones; None where some are not finite.
+
+        If it is the dense model with another in the place of one layer, ``changed`` is that layer.
+        """
+        outputs = []
+        for number, x in enumerate(self.images.inputs):
+            with self.replay.up_to(changed, number) if changed is not None else nullcontext():
+                outputs.append(_run(model, x)[0])
         pairs = list(zip(outputs, self.outputs, strict=True))
         error = sum(_squares(output, dense.double()) for output, dense in pairs) / self.signal
         if not error < float("inf"):

@@ -152,7 +152,8 @@ def _measured(
     target = copy_model(model)
     moments = as_calibration(calibration, target, include=asked.include, progress=progress)
     layers, unmeasured = _layers(target, asked)
-    run = _Run(target, DenseOutputs(target, images), RowCache(cache))
+    known = [layer.module for layer in find_layers(target, asked.include) if layer.obstacle is None]
+    run = _Run(target, DenseOutputs(target, images, known), RowCache(cache))
     rows: list[Row] = []
     with progress_bar(len(layers) * len(tasks), show=progress) as advance:
         for layer in layers:
@@ -214,7 +215,7 @@ class _Run:
             return Unmeasured(layer.name, format, ratio, found)
         ranks, fit = found
         with _replaced(self.model, layer, subject.built(format, fit)):
-            change = self.dense.change(self.model)
+            change = self.dense.change(self.model, layer.module)
         if change is None:
             return Unmeasured(layer.name, format, ratio, "the network's output held NaN or infinity")
         gained = None

@@ -54,6 +54,15 @@ class Subject:
             known = [kept, *(digest_of(matrix) if matrix is not None else "" for matrix in held)]
         return [self.layer.name, digest_of(self.weight), *known]
 
+    @cached_property
+    def responses(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues ``(groups, out)``, rising, and eigenvectors of W C W', in float64; needs a metric."""
+        assert self.metric is not None
+        kernels = self.kernels.double()
+        metric = self.metric.to(kernels.device, torch.float64)
+        values, vectors = torch.linalg.eigh(metric.times(kernels).flatten(2) @ kernels.flatten(2).mT)
+        return values.clamp_min(0), vectors
+
     def built(self, format: Format, fit: Fit) -> TNConv:
         """Return the truncated layer; its bias keeps the mean output where the calibration says that it can.
 
@@ -116,9 +125,8 @@ def projected(subject: Subject, settings: Settings) -> tuple[tuple[int, ...], Fi
     rank = min(int(allowed / one), out, flat.shape[2])
     if rank < 1:
         return f"{settings.one_format} at rank 1 holds {one:,} parameters, allowed {int(allowed):,}"
-    metric = subject.metric.to(flat.device, torch.float64)
-    values, vectors = torch.linalg.eigh(metric.times(kernels).flatten(2) @ flat.mT)
-    leading, values = vectors[..., -rank:], values.clamp_min(0)
+    values, vectors = subject.responses
+    leading = vectors[..., -rank:]
     inner = leading.mT @ flat
     lost, total = float(values[:, : out - rank].sum()), float(values.sum())
     rel_error = float((flat - leading @ inner).norm() / flat.norm().clamp_min(1e-300))
