@@ -236,7 +236,8 @@ class InPlace(Branching):
 
     def forward(self, x):
         x = self.block(self.stem(x).relu_()).mul_(3)
-        return self.head(self.right(x).relu_().add_(self.left(x)).mean((2, 3)))
+        x = self.left(x) + self.right(x).relu_()
+        return self.head(x.mean((2, 3)))
 
 
 def forwards(model):
