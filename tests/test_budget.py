@@ -16,12 +16,13 @@ from tncompress.candidates import FITS, candidates_of, errors_along, ranks_along
 from tncompress.cli import app
 from tncompress.discovery import find_layers
 from tncompress.formats import FORMATS, all_contenders
-from tncompress.judge import Judge
+from tncompress.judge import COPIES, Judge
 from tncompress.latency import Clock, modelled
 from tncompress.measure import Latency, macs, num_params
 from tncompress.plan import Plan
 from tncompress.planner import make_plan
 from tncompress.ranks import RankPath
+from tncompress.threads import with_threads
 
 ALL = [*FORMATS, {"name": "svd", "cut": "out kw|in kh"}]
 BUDGETS = [
@@ -238,8 +239,8 @@ def test_losses_are_close_to_those_of_real_fits(format):
 @pytest.mark.parametrize(
     ("budget", "threads"),
     [
-        ({"params": 0.9}, None),
-        ({"latency": 0.9, "latency_from": "model"}, None),
+        ({"params": 0.9}, 2),
+        ({"latency": 0.9, "latency_from": "model"}, 2),
         ({"latency": 0.9, "latency_from": "measurement"}, 1),
     ],
     ids=str,
@@ -254,9 +255,23 @@ def test_nothing_runs_beside_a_measurement(budget, threads, monkeypatch):
         lambda *a, threads, **k: (asked.append(threads), real(*a, threads=1, **k))[1],
     )
     model = nn.Sequential(*(nn.Conv2d(96, 96, 3, padding=1) for _ in range(4)))
-    make_plan(model, spec_of(budget, "svd"), example_inputs=torch.randn(1, 96, 24, 24))
+    with with_threads(2):
+        make_plan(model, spec_of(budget, "svd"), example_inputs=torch.randn(1, 96, 24, 24))
     assert len(asked) == 3  # by rules, weighed, fitted
     assert asked[1] == threads
+
+
+@pytest.mark.parametrize(
+    ("room", "at_once"), [(2**40, 2**40 // (6 * 8 * 18 * 19)), (3 * 6 * 8 * 18 * 19, 3), (1, 1)]
+)
+def test_layers_are_planned_at_once_as_far_as_their_moments_leave_memory(room, at_once, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(2, 9, 3), nn.Conv2d(9, 4, 1), nn.Flatten(), nn.Linear(4, 2))
+    layers = find_layers(model)
+    assert Judge(None).at_once(layers) is None
+    moments = tnc.calibrate(model, [torch.randn(4, 2, 3, 3)])
+    largest = 8 * 18 * 19  # of a mean of 18 numbers, and 18 x 18 squares
+    monkeypatch.setattr("tncompress.judge.WORKING_MEMORY", int(room * COPIES * largest))
+    assert Judge(moments).at_once(layers) == at_once
 
 
 def test_formats_alike_on_a_kernel_are_tried_once():

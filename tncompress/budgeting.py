@@ -65,8 +65,8 @@ def allot(
         )
 
     alone = clock is not None and clock.source == "measurement"  # nothing else may run while it measures
-    beside = judge.calibration is None and not alone
-    offers = for_each_layer(open_layers, weighed, "weighing", beside=beside, progress=progress)
+    at_once = 1 if alone else judge.at_once(open_layers)
+    offers = for_each_layer(open_layers, weighed, "weighing", at_once=at_once, progress=progress)
     now = {layer.name: dense_candidate(layer, calls.get(layer.name), clock) for layer in layers}
     dense = _dense_totals(model, now.values(), asked, clock, example_inputs)
     limits = np.array([fraction * total for fraction, total in zip(asked.values(), dense, strict=True)])

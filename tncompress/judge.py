@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from tncompress.metric import Metric
 from tncompress.ranks import RankPath
 from tncompress.responses import Sensitivity
 from tncompress.spec import Settings
+
+WORKING_MEMORY, COPIES = 4 * 2**30, 6
+"""Bytes that layers worked on at once may take with their moments, and how many of each those make."""
 
 
 class Judge:
@@ -29,6 +33,7 @@ class Judge:
         layers: Sequence[Layer] = (),
     ) -> None:
         self.calibration, self.sensitivity = calibration, sensitivity
+        self._last = threading.local()
         if sensitivity is None:
             return
         if sensitivity.calibrated != (calibration is not None):
@@ -50,8 +55,26 @@ class Judge:
         return "kernel error" if self.calibration is None else "layer output"
 
     def metric(self, name: str) -> Metric | None:
-        """Return the norm in which the layer ``name`` is fitted; None for that of the kernel."""
-        return self.calibration.metric(name) if self.calibration is not None else None
+        """Return the norm in which the layer ``name`` is fitted; None for that of the kernel.
+
+        That of the layer that a thread asks for last is kept, with its roots, for one format after another.
+        """
+        if self.calibration is None:
+            return None
+        if getattr(self._last, "name", None) != name:
+            self._last.name, self._last.metric = name, self.calibration.metric(name)
+        found: Metric | None = self._last.metric
+        return found
+
+    def at_once(self, layers: Iterable[Layer]) -> int | None:
+        """Return how many of ``layers`` may be worked on at once; None for as many as there are cores."""
+        if self.calibration is None:
+            return None
+        known = [
+            self.calibration.layers[layer.name] for layer in layers if layer.name in self.calibration.layers
+        ]
+        largest = max((sum(t.nbytes for t in moments.tensors().values()) for moments in known), default=0)
+        return max(1, WORKING_MEMORY // max(1, COPIES * largest))
 
     def path(self, name: str, kernels: Tensor, settings: Settings) -> RankPath:
         """Return the path of ranks of the layer ``name``."""

@@ -147,9 +147,10 @@ class Solver:
             return target, lambda: layer.weight.copy_(geometry.weight(target.reshape(shape)))
         metric = Metric(geometry.kernel_shape[1:], whole=moments, gradient=self.gradients.get(pair.name))
         start = [factor.detach().double() for factor in layer.tensors()]
+        fine = torch.promote_types(layer.factors[0].dtype, torch.float32)
         fit = fit_in_metric(
             layer.format,
-            target.reshape(shape),
+            target.reshape(shape).to(fine),
             layer.ranks,
             metric,
             start=start,

@@ -8,7 +8,8 @@ the input channels and one for the window where the whole would be too large.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Metric:
     channels: Tensor | None = None
     window: Tensor | None = None
     gradient: Tensor | None = None
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         d, k = math.prod(self.patch), math.prod(self.patch[1:])
@@ -85,19 +87,32 @@ class Metric:
         product = torch.einsum("gij,gab->giajb", self.channels, window)
         return product.flatten(3, 4).flatten(1, 2)
 
+    def roots(self, modes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return the :func:`roots` of the :meth:`marginal` of ``modes``, which are taken once."""
+        if modes not in self._kept:
+            self._kept[modes] = roots(self.marginal(modes))
+        found: tuple[Tensor, Tensor] = self._kept[modes]
+        return found
+
     def ridged(self, ridge: float) -> Metric:
-        """Return the metric with ``ridge`` times the mean of its diagonal added to it."""
+        """Return the metric with ``ridge`` times the mean of its diagonal added to it, made once."""
         if not ridge:
             return self
-        whole, channels, window = (
-            add_ridge(m, ridge) if m is not None else None for m in (self.whole, self.channels, self.window)
-        )
-        return Metric(self.patch, whole, channels, window, self.gradient)
+        if ridge not in self._kept:
+            whole, channels, window = (
+                add_ridge(m, ridge) if m is not None else None
+                for m in (self.whole, self.channels, self.window)
+            )
+            self._kept[ridge] = Metric(self.patch, whole, channels, window, self.gradient)
+        made: Metric = self._kept[ridge]
+        return made
 
     def to(self, *args: object, **kwargs: object) -> Metric:
         """Return the same metric in another dtype or on another device."""
         parts = (self.whole, self.channels, self.window, self.gradient)
-        return Metric(self.patch, *(m.to(*args, **kwargs) if m is not None else None for m in parts))  # type: ignore[call-overload]
+        moved = [m.to(*args, **kwargs) if m is not None else None for m in parts]  # type: ignore[call-overload]
+        same = all(m is n for m, n in zip(moved, parts, strict=True))
+        return self if same else Metric(self.patch, *moved)
 
 
 def _marginal(moments: Tensor, sizes: tuple[int, ...], modes: tuple[int, ...]) -> Tensor:

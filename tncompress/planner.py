@@ -123,8 +123,7 @@ def _by_rules(
         return _plan_layer(layer, settings, spec, calls.get(layer.name), judge.metric(layer.name))
 
     asked = [layer for layer, _ in wanted.values()]
-    beside = judge.calibration is None  # with moments a layer takes much memory, and products on all cores
-    return made | for_each_layer(asked, planned, "planning", beside=beside, progress=progress)
+    return made | for_each_layer(asked, planned, "planning", at_once=judge.at_once(asked), progress=progress)
 
 
 def _by_choice(
@@ -141,7 +140,7 @@ def _by_choice(
         return _carry_out(layer, chosen[layer.name], calls.get(layer.name), judge.metric(layer.name))
 
     asked = [layer for layer in layers if layer.name in chosen]
-    return for_each_layer(asked, carried_out, "fitting", beside=judge.calibration is None, progress=progress)
+    return for_each_layer(asked, carried_out, "fitting", at_once=judge.at_once(asked), progress=progress)
 
 
 def _fitted_loss(made: Mapping[str, Decision], judge: Judge) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ def fit_in_metric(
         factors = [working_copy(factor) if len(work) > 1 else working_copy(factor)[None] for factor in start]
         if weigh is not None:
             factors[network.out] = network.on_out(factors[network.out], weigh)
-    factors = _Solver(network, target, used).run(factors, sweeps, last_only=last_only or draft)
+    solver = _Solver(network, target, used, torch.promote_types(kernels.dtype, torch.float32))
+    factors = solver.run(factors, sweeps, last_only=last_only or draft)
     if unweigh is not None:
         factors[network.out] = network.on_out(factors[network.out], unweigh)
     return _as_fit(format, factors, kernels, work, plain)
@@ -162,10 +164,31 @@ def _whitened(network: _Network, kernels: Tensor, metric: Metric) -> tuple[Tenso
     inverses = {}
     metric = metric.to(kernels)
     for number in range(len(network.terms)):
-        if modes := network.modes(number):
-            root, inverses[number] = roots(metric.marginal(modes))
+        modes = network.modes(number)
+        if len(modes) == len(metric.patch):
+            kernels, inverses[number] = _turned(kernels, metric)
+        elif modes:
+            root, inverses[number] = metric.roots(modes)
             kernels = _apply(kernels, [2 + mode for mode in modes], root)
     return kernels, inverses
+
+
+def _turned(kernels: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """Return kernels that were whitened by the root of all of C and then turned, and what undoes both.
+
+    A factor that holds all of the patch stands across from ``out``: the root may be any, R with R R' = C, and
+    the eigenvectors of W C W' turn one such that W R has as many columns as responses, and zeros.
+    """
+    flat = kernels.flatten(2)
+    values, vectors = torch.linalg.eigh(metric.times(kernels).flatten(2) @ flat.mT)
+    count = min(flat.shape[1:])
+    values, vectors = values[:, None, -count:], vectors[..., -count:]
+    kept = values > torch.finfo(values.dtype).eps * count * values[..., -1:].clamp_min(0.0)
+    root = torch.where(kept, values, 1.0).sqrt()
+    turned, inverse = torch.zeros_like(flat), flat.new_zeros(len(flat), flat.shape[2], flat.shape[2])
+    turned[..., :count] = torch.where(kept, vectors * root, 0.0)
+    inverse[..., :count] = flat.mT @ torch.where(kept, vectors / root, 0.0)
+    return turned.reshape(kernels.shape), inverse
 
 
 def _whitened_start(
@@ -180,10 +203,10 @@ def _whitened_start(
 
 
 class _Solver:
-    """Least squares in the metric, one factor after another."""
+    """Least squares in the metric, one factor after another; gradients are conjugate in dtype ``steps``."""
 
-    def __init__(self, network: _Network, kernels: Tensor, metric: Metric) -> None:
-        self.network, self.kernels, self.metric = network, kernels, metric
+    def __init__(self, network: _Network, kernels: Tensor, metric: Metric, steps: torch.dtype) -> None:
+        self.network, self.kernels, self.metric, self.steps = network, kernels, metric, steps
         self.weighted = metric.times(kernels)
         self.total = (self.weighted * kernels).flatten(1).sum(1)
 
@@ -235,20 +258,31 @@ class _Solver:
         factors[network.out] = last
         return factors
 
+    @cached_property
+    def _rough_metric(self) -> Metric:
+        return self.metric.to(self.steps)
+
     def _descend(self, number: int, factors: list[Tensor], weighted: Tensor) -> Tensor:
-        """Return factor ``number`` after steps of conjugate gradients on its normal equations."""
-        network = self.network
+        """Return factor ``number`` after steps of conjugate gradients on its normal equations.
 
-        def normal(factor: Tensor) -> Tensor:
+        What is left to gain is taken in full precision; the steps only have to lead there.
+        """
+        network, x = self.network, factors[number]
+
+        def normal(factor: Tensor, factors: list[Tensor], metric: Metric) -> Tensor:
             kernels = network.dense([*factors[:number], factor, *factors[number + 1 :]])
-            return network.without(number, factors, self.metric.times(kernels))
+            return network.without(number, factors, metric.times(kernels))
 
-        x = factors[number]
-        residual = network.without(number, factors, weighted) - normal(x)
+        def image_of(direction: Tensor) -> Tensor:
+            size = direction.abs().amax().clamp_min(1e-300)
+            return normal((direction / size).to(self.steps), rough, self._rough_metric).to(x) * size
+
+        rough = [factor.to(self.steps) for factor in factors]
+        residual = network.without(number, factors, weighted) - normal(x, factors, self.metric)
         direction, square = residual, _dot(residual, residual)
         first = square
         for _ in range(STEPS):
-            image = normal(direction)
+            image = image_of(direction)
             curvature = _dot(direction, image)
             step = torch.where(curvature > 0, square / torch.where(curvature > 0, curvature, 1.0), 0.0)
             x = x + _spread(step, x) * direction
