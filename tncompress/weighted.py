@@ -259,8 +259,14 @@ class _Solver:
         return factors
 
     @cached_property
-    def _rough_metric(self) -> Metric:
-        return self.metric.to(self.steps)
+    def _rough(self) -> tuple[Metric, float]:
+        """The metric in the dtype ``steps``, over its largest entries, and what it was divided by."""
+        metric, scaled, divisor = self.metric, [], 1.0
+        for part in (metric.whole, metric.channels, metric.window):
+            peak = float(part.abs().amax()) or 1.0 if part is not None else 1.0
+            scaled.append((part / peak).to(self.steps) if part is not None else None)
+            divisor *= peak
+        return Metric(metric.patch, *scaled), divisor
 
     def _descend(self, number: int, factors: list[Tensor], weighted: Tensor) -> Tensor:
         """Return factor ``number`` after steps of conjugate gradients on its normal equations.
@@ -275,8 +281,9 @@ class _Solver:
 
         def image_of(direction: Tensor) -> Tensor:
             size = direction.abs().amax().clamp_min(1e-300)
-            return normal((direction / size).to(self.steps), rough, self._rough_metric).to(x) * size
+            return normal((direction / size).to(self.steps), rough, metric).to(x) * (size * divisor)
 
+        metric, divisor = self._rough
         rough = [factor.to(self.steps) for factor in factors]
         residual = network.without(number, factors, weighted) - normal(x, factors, self.metric)
         direction, square = residual, _dot(residual, residual)

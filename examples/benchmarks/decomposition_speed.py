@@ -106,7 +106,7 @@ def errors_of(kernel, made, found):
 
     errors = []
     for (format, ranks), value in zip(made, found, strict=True):
-        if isinstance(format, tnc.SVD) or len(ranks) == 1:
+        if isinstance(format, tnc.SVD) or (len(ranks) == 1 and not isinstance(format, tnc.MPS)):
             u, s, vh = (torch.as_tensor(part).double() for part in value)
             rows = format.groups(tuple(kernel.shape))[0] if isinstance(format, tnc.SVD) else (0,)
             wanted, built = unfold(kernel.double(), rows), (u * s) @ vh
