@@ -203,7 +203,7 @@ def test_it_is_the_slow_loop_of_a_whole_pass_for_each_layer():
             pair = Partners(name, layer, partner, *norms.get(name, ()))
             Solver(batchnorm=False).solve(pair, taken, wanted)
     for (name, found), wanted in zip(fast.state_dict().items(), slow.state_dict().values(), strict=True):
-        assert_close(found, wanted, rtol=1e-6, atol=1e-8, msg=name)
+        assert_close(found, wanted, rtol=1e-5, atol=2e-5, msg=name)  # rounding grows in the layers
 
 
 @pytest.mark.parametrize("sizes", [(7, 17), (1,) * 24])

@@ -20,6 +20,7 @@ from tncompress.discovery import find_layers
 from tncompress.geometry import ConvGeometry
 from tncompress.metric import Metric
 from tncompress.patches import patches
+from tncompress.shifts import Shifts
 
 DEPTHWISE = ("depthwise",)
 
@@ -108,6 +109,46 @@ def test_the_split_into_batches_makes_no_difference(sizes, seed, single):
         one, other = whole.layers[name], parts.layers[name]
         scale = float(one.covariance.diagonal(dim1=1, dim2=2).max())
         assert_close(other.covariance, one.covariance, atol=1e-6 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("window", [(3, 3), (1, 3), (3, 1), (2, 4), (5, 5), (1, 1)], ids=str)
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("lines", [None, 7])
+def test_squares_by_shifts_are_those_of_the_patches(window, dilation, groups, lines, monkeypatch):
+    monkeypatch.setattr("tncompress.shifts.GAIN", 1e9)
+    layer = nn.Conv2d(4, 6, window, dilation=dilation, padding=(1, 2), groups=groups)
+    geometry, x = ConvGeometry.of(layer), torch.randn(3, 4, 19, 21, dtype=torch.float64)
+    seen = patches(x, geometry).mT
+    if lines is not None:  # of the first image
+        seen = seen[..., : lines * geometry.output_length(21, 1)]
+    shifts = Shifts.of(geometry, (19, 21), seen.shape[2], 2**30)
+    assert_close(shifts.squares(seen), seen @ seen.mT)
+
+
+@pytest.mark.parametrize(
+    ("options", "pays"),
+    [
+        ({"padding": 1}, True),
+        ({"padding": 1, "groups": 2}, True),
+        ({"kernel_size": 5, "padding": 2, "padding_mode": "reflect"}, True),
+        ({"stride": 2}, False),
+        ({"kernel_size": 1}, False),
+        ({"dilation": 9, "padding": 9}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("limit", [2**22, 2**32])
+def test_moments_by_shifts_are_those_of_the_patches(options, pays, limit):
+    """Far from zero, where an error in the means would show; few of the numbers fit at once, or all."""
+    layer = nn.Conv2d(4, 6, **({"kernel_size": 3} | options))
+    geometry, x = ConvGeometry.of(layer), torch.rand(6, 4, 26, 23) + 30
+    count = math.prod(geometry.output_length(n, axis) for axis, n in enumerate((26, 23)))
+    assert (Shifts.of(geometry, (26, 23), count, 2**30) is not None) is pays
+    moments = tnc.calibrate(nn.Sequential(layer), x.split(4), memory_limit=limit).layers["0"]
+    mean, covariance = brute(x, geometry)
+    assert_close(moments.mean.flatten(1), mean, rtol=1e-6, atol=0)
+    assert_close(moments.covariance, covariance, rtol=1e-4, atol=1e-5 * float(covariance.abs().max()))
 
 
 def test_half_precision_is_summed_in_single():

@@ -126,6 +126,19 @@ def test_at_full_ranks_the_fit_is_exact(format: Format, shape):
     assert fit.rel_error < 1e-7
 
 
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+@pytest.mark.parametrize("format", [SVD("in|rest"), Tucker(), MPS(), CP()], ids=str)
+def test_the_scale_of_the_moments_makes_no_difference(format, scale):
+    """Nor does float32, in which the steps of conjugate gradients are for a kernel in float32."""
+    kernels, metric = kernel_of().float(), metric_of(patches(400))
+    ranks = ranks_at(format, SHAPE, 0.4)
+    fit = fit_in_metric(format, kernels, ranks, metric)
+    scaled = fit_in_metric(format, kernels, ranks, Metric(PATCH, metric.whole * scale))
+    assert scaled.output_error == pytest.approx(fit.output_error, rel=1e-4)
+    fine = fit_in_metric(format, kernels.double(), ranks, metric)
+    assert fit.output_error == pytest.approx(fine.output_error, rel=1e-3)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 5])
 @pytest.mark.parametrize("directions", [None, 20], ids=["full", "rank-deficient"])
 def test_out_rest_is_response_pca_and_the_whitened_svd(rank, directions):

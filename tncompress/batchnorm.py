@@ -51,13 +51,15 @@ class _Pool:
         self.batches = self.count = 0
         self.mean = self.squares = torch.zeros(())
 
-    def add(self, norm: nn.Module, args: Any, kwargs: Any) -> None:
+    def add(self, norm: Any, args: Any, kwargs: Any) -> None:
         """Take in what ``norm`` is about to normalise, by its own statistics if it is more than one value."""
         values = input_of_call(args, kwargs).detach().movedim(1, 0).flatten(1)
-        norm.train(values.shape[1] > 1)
         variance, mean = torch.var_mean(
             values.float() if values.dtype.itemsize < 4 else values, 1, correction=0
         )
+        if values.shape[1] > 1:  # in training mode it would take them again
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
         count, mean = values.shape[1], mean.double()
         if not self.batches:
             self.mean, self.squares = torch.zeros_like(mean), torch.zeros_like(mean)

@@ -20,6 +20,7 @@ from tncompress.gradients import GradientMoments
 from tncompress.moments import Calibration, Moments, num_bytes
 from tncompress.patches import CHUNK
 from tncompress.running import eval_mode, input_of_call
+from tncompress.shifts import numbers_held
 from tncompress.spec import Spec
 from tncompress.tables import progress_bar
 from tncompress.textfiles import one_line
@@ -270,6 +271,7 @@ def _working_bytes(layers: list[Layer], numbers: int) -> int:
     products = [
         w * min(w, block_rows(w)) * layer.geometry.groups for w, layer in zip(widths, layers, strict=True)
     ]
+    products += [held for layer in layers if (held := numbers_held(layer.geometry)) <= numbers]
     return itemsize * (3 * numbers + max(products, default=0))
 
 

@@ -9,6 +9,7 @@ from tncompress.discovery import Layer
 from tncompress.geometry import ConvGeometry
 from tncompress.moments import Moments, product
 from tncompress.patches import patch_chunks
+from tncompress.shifts import Shifts
 
 BLOCK = 512
 """Rows of a covariance that are worked on at once, at most: only blocks on and above the diagonal are."""
@@ -30,6 +31,7 @@ class Collector:
     def add(self, x: Tensor, geometry: ConvGeometry, number: int) -> None:
         """Take in the input of one call."""
         x = x.detach()
+        spatial = tuple(x.shape[x.ndim - geometry.ndim :])
         for seen in patch_chunks(x, geometry, numbers=self.numbers):
             own = (
                 seen.mT.is_contiguous()
@@ -38,15 +40,19 @@ class Collector:
             rows = seen.float() if seen.dtype.itemsize < 4 else seen
             middle = rows.mean(1)
             self.finite.look(middle, number)
+            shifts = None if self.separable else Shifts.of(geometry, spatial, rows.shape[1], self.numbers)
+            if shifts is not None:
+                middle = shifts.alike(middle)
             about = middle[:, None]
-            self._pool(rows.sub_(about) if own or rows is not seen else rows - about, middle.double())
+            centred = rows.sub_(about) if own or rows is not seen else rows - about
+            self._pool(centred, middle.double(), shifts)
 
-    def _pool(self, centred: Tensor, mean: Tensor) -> None:
-        """Add patches about a point near their mean: their squares, and those of the means' distance."""
+    def _pool(self, centred: Tensor, about: Tensor, shifts: Shifts | None) -> None:
+        """Add patches ``about`` a point near their mean: their squares, and those of the means' distance."""
         if not self.squares:
-            self._begin(mean)
-        count = centred.shape[1]
-        mean = mean + centred.mean(1)  # what rounding left of it
+            self._begin(about)
+        count, off = centred.shape[1], centred.mean(1).double()
+        mean = about + off
         total = self.count + count
         gap, weight = mean - self.mean, self.count * count / total
         if self.separable:
@@ -56,6 +62,10 @@ class Collector:
             _add_squares(channels, split.flatten(2).mT, apart, weight)
             window += (split.flatten(0, 1) @ split.flatten(0, 1).mT).unflatten(0, split.shape[:2]).sum(1)
             window += weight * (apart.mT @ apart)
+        elif shifts is not None:
+            self.squares[0] += shifts.squares(centred.mT)
+            self.squares[0].baddbmm_(off[:, :, None], off[:, None], alpha=-count)
+            self.squares[0].baddbmm_(gap[:, :, None], gap[:, None], alpha=weight)
         else:
             _add_squares(self.squares[0], centred, gap[:, :, None], weight)
         self.mean += gap * (count / total)

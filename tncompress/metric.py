@@ -16,6 +16,8 @@ from torch import Tensor
 
 FLOOR = 1e-10
 """Directions below this part of the largest eigenvalue are not in the data: roots leave them out."""
+LEVELS = 1e-9, 1e9
+"""Mean squares of inputs between which nothing leaves the range of floats on the way to a fit."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,20 @@ class Metric:
             )
             self._kept[ridge] = Metric(self.patch, whole, channels, window, self.gradient)
         made: Metric = self._kept[ridge]
+        return made
+
+    def levelled(self) -> Metric:
+        """Return a multiple of the metric whose squares and products stay within the range of floats."""
+        parts = (self.whole, self.channels, self.window)
+        means = [float(m.diagonal(dim1=1, dim2=2).mean()) if m is not None else 1.0 for m in parts]
+        if all(LEVELS[0] < mean < LEVELS[1] for mean in means):
+            return self
+        if "levelled" not in self._kept:
+            whole, channels, window = (
+                m / (mean or 1.0) if m is not None else None for m, mean in zip(parts, means, strict=True)
+            )
+            self._kept["levelled"] = Metric(self.patch, whole, channels, window, self.gradient)
+        made: Metric = self._kept["levelled"]
         return made
 
     def to(self, *args: object, **kwargs: object) -> Metric:

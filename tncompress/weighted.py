@@ -53,7 +53,7 @@ def fit_in_metric(
     shape, work = tuple(kernels.shape[1:]), working_copy(kernels)
     network = _Network.of(format, shape)
     plain = metric.to(work)
-    used = plain.ridged(ridge)
+    used = plain.ridged(ridge).levelled()
     weigh = unweigh = None
     if used.gradient is not None:
         weigh, unweigh = roots(add_ridge(used.gradient, GRADIENT_RIDGE))
@@ -259,14 +259,8 @@ class _Solver:
         return factors
 
     @cached_property
-    def _rough(self) -> tuple[Metric, float]:
-        """The metric in the dtype ``steps``, over its largest entries, and what it was divided by."""
-        metric, scaled, divisor = self.metric, [], 1.0
-        for part in (metric.whole, metric.channels, metric.window):
-            peak = float(part.abs().amax()) or 1.0 if part is not None else 1.0
-            scaled.append((part / peak).to(self.steps) if part is not None else None)
-            divisor *= peak
-        return Metric(metric.patch, *scaled), divisor
+    def _rough(self) -> Metric:
+        return self.metric.to(self.steps)
 
     def _descend(self, number: int, factors: list[Tensor], weighted: Tensor) -> Tensor:
         """Return factor ``number`` after steps of conjugate gradients on its normal equations.
@@ -281,10 +275,11 @@ class _Solver:
 
         def image_of(direction: Tensor) -> Tensor:
             size = direction.abs().amax().clamp_min(1e-300)
-            return normal((direction / size).to(self.steps), rough, metric).to(x) * (size * divisor)
+            return normal((direction / size).to(self.steps), rough, self._rough).to(x) * (size * squares)
 
-        metric, divisor = self._rough
-        rough = [factor.to(self.steps) for factor in factors]
+        sizes = [float(factor.abs().amax()) or 1.0 for factor in factors]
+        rough = [(factor / size).to(self.steps) for factor, size in zip(factors, sizes, strict=True)]
+        squares = math.prod(size**2 for i, size in enumerate(sizes) if i != number)
         residual = network.without(number, factors, weighted) - normal(x, factors, self.metric)
         direction, square = residual, _dot(residual, residual)
         first = square
