@@ -64,8 +64,9 @@ layer's kernel (on three). Weighing them by gradients brings a part of it, see b
 TIMES_TEXT = """
 On the AMD processor, which has no AVX-512, ResNet-50 misses 900 s, and 30 s by little: `calibrate`, the same
 on both, takes one and a half times as long there as on the other, an Intel Xeon. The Xeon's row is older:
-layers were not planned side by side yet, and `sensitivity` ran all of them each time. Of `repair`, about
-half are forward passes of both networks over 490 images.
+layers were not planned side by side yet, and `sensitivity` ran all of them each time. Both are from before
+patches were taken for shifts of an image, which has made `calibrate` faster. Of `repair`, about half are
+forward passes of both networks over 490 images.
 """
 
 STEPS_TEXT = """
