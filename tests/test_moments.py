@@ -267,12 +267,13 @@ class Allocated(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("limit", [2**13, 2**16, 150_000, 2**18, 2**20, 2**22])
-def test_the_memory_limit_is_honoured(limit):
+@pytest.mark.parametrize("side", [10, 32])  # of images small and large enough for shifts
+def test_the_memory_limit_is_honoured(limit, side):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 12, 3, padding=1), nn.Conv2d(12, 16, 3), nn.Conv2d(16, 6, 5), nn.Conv2d(6, 30, 1)
     )
-    x = torch.randn(60, 2, 10, 10)
+    x = torch.randn(60 * 10**2 // side**2, 2, side, side)
     with Allocated() as plain, torch.no_grad():
         model(x)
     with Allocated() as measured:

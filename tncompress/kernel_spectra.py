@@ -112,8 +112,8 @@ def _seen_across(cut: Cut, shape: tuple[int, ...], kernels: Tensor, metric: Metr
 def _spectrum_of_output(cut: Cut, kernels: Tensor, metric: Metric) -> Tensor:
     shape = tuple(kernels.shape[1:])
     if 1 not in sides(shape, cut) and _splits_off_out(cut, shape):
-        flat, weighted = kernels.flatten(2), metric.times(kernels).flatten(2)
-        squares = torch.linalg.eigvalsh(weighted @ flat.mT).flip(1)[:, : min(flat.shape[1:])]
+        most = min(kernels.flatten(2).shape[1:])
+        squares = torch.linalg.eigvalsh(metric.gram(kernels)).flip(1)[:, :most]
         return squares.clamp_min(0.0).sum(0).sqrt()
     return joint_singular_values(_matrices(kernels, cut), exact=False)
 

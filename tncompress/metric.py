@@ -69,6 +69,10 @@ class Metric:
         halfway = torch.einsum("gmik,gij->gmjk", kernels.flatten(3), self.channels)
         return (halfway @ self.window[:, None]).reshape(kernels.shape)
 
+    def gram(self, kernels: Tensor) -> Tensor:
+        """Return W C W' ``(groups, rows, rows)``: the second moments of what the kernels put out."""
+        return self.times(kernels).flatten(2) @ kernels.flatten(2).mT
+
     def squared_norm(self, kernels: Tensor) -> Tensor:
         """Return ``tr(K C K')`` of each group: the mean squared output for patches with these moments."""
         return (self.times(kernels) * kernels).flatten(1).sum(1).clamp_min(0.0)

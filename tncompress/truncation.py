@@ -60,7 +60,7 @@ class Subject:
         assert self.metric is not None
         kernels = self.kernels.double()
         metric = self.metric.to(kernels.device, torch.float64)
-        values, vectors = torch.linalg.eigh(metric.times(kernels).flatten(2) @ kernels.flatten(2).mT)
+        values, vectors = torch.linalg.eigh(metric.gram(kernels))
         return values.clamp_min(0), vectors
 
     def built(self, format: Format, fit: Fit) -> TNConv:

@@ -25,6 +25,8 @@ SWEEPS, STEPS, TOLERANCE = 6, 8, 1e-3
 """Sweeps over the factors, conjugate gradient steps on each, and the gain below which sweeps end."""
 GRADIENT_RIDGE = 1e-3
 """Part of the mean diagonal added to the second moments of gradients: all outputs count a little."""
+SETTLED = 1e-13
+"""The size of a gradient, over that of its parts, at which there is nothing left to descend."""
 JITTER = 1e-12
 """Added to the normal equations, over their mean diagonal, where the data leave a direction out."""
 
@@ -180,7 +182,7 @@ def _turned(kernels: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     the eigenvectors of W C W' turn one such that W R has as many columns as responses, and zeros.
     """
     flat = kernels.flatten(2)
-    values, vectors = torch.linalg.eigh(metric.times(kernels).flatten(2) @ flat.mT)
+    values, vectors = torch.linalg.eigh(metric.gram(kernels))
     count = min(flat.shape[1:])
     values, vectors = values[:, None, -count:], vectors[..., -count:]
     kept = values > torch.finfo(values.dtype).eps * count * values[..., -1:].clamp_min(0.0)
@@ -280,8 +282,11 @@ class _Solver:
         sizes = [float(factor.abs().amax()) or 1.0 for factor in factors]
         rough = [(factor / size).to(self.steps) for factor, size in zip(factors, sizes, strict=True)]
         squares = math.prod(size**2 for i, size in enumerate(sizes) if i != number)
-        residual = network.without(number, factors, weighted) - normal(x, factors, self.metric)
+        target = network.without(number, factors, weighted)
+        residual = target - normal(x, factors, self.metric)
         direction, square = residual, _dot(residual, residual)
+        if bool((square <= SETTLED**2 * _dot(target, target)).all()):  # steps would follow rounding alone
+            return x
         first = square
         for _ in range(STEPS):
             image = image_of(direction)
