@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tncompress.collector import Collector, Finite, block_rows
+from tncompress.collector import Collector, Finite
 from tncompress.discovery import Layer, digest_of, find_layers, refuse_wrapped
 from tncompress.geometry import ConvGeometry
 from tncompress.gradients import GradientMoments
@@ -22,6 +22,7 @@ from tncompress.patches import CHUNK
 from tncompress.running import eval_mode, input_of_call
 from tncompress.shifts import numbers_held
 from tncompress.spec import Spec
+from tncompress.squares import block_rows
 from tncompress.tables import progress_bar
 from tncompress.textfiles import one_line
 

@@ -10,9 +10,7 @@ from tncompress.geometry import ConvGeometry
 from tncompress.moments import Moments, product
 from tncompress.patches import patch_chunks
 from tncompress.shifts import Shifts
-
-BLOCK = 512
-"""Rows of a covariance that are worked on at once, at most: only blocks on and above the diagonal are."""
+from tncompress.squares import add_squares, mirror
 
 NEVER = 2**62
 """The number of the first batch with NaN or infinity, while there was none."""
@@ -59,7 +57,7 @@ class Collector:
             split = centred.mT.reshape(self.groups, self.patch[0], -1, count)
             apart = gap.reshape(self.groups, self.patch[0], -1)
             channels, window = self.squares
-            _add_squares(channels, split.flatten(2).mT, apart, weight)
+            add_squares(channels, split.flatten(2).mT, apart, weight)
             window += (split.flatten(0, 1) @ split.flatten(0, 1).mT).unflatten(0, split.shape[:2]).sum(1)
             window += weight * (apart.mT @ apart)
         elif shifts is not None:
@@ -67,7 +65,7 @@ class Collector:
             self.squares[0].baddbmm_(off[:, :, None], off[:, None], alpha=-count)
             self.squares[0].baddbmm_(gap[:, :, None], gap[:, None], alpha=weight)
         else:
-            _add_squares(self.squares[0], centred, gap[:, :, None], weight)
+            add_squares(self.squares[0], centred, gap[:, :, None], weight)
         self.mean += gap * (count / total)
         self.count = total
 
@@ -81,7 +79,7 @@ class Collector:
         """Return the moments of all that was taken in, whose memory they take over."""
         for squares in self.squares:
             squares /= self.count
-        _mirror(self.squares[0])
+        mirror(self.squares[0])
         if not bool(torch.isfinite(self.squares[0].diagonal(dim1=1, dim2=2)).all()):
             raise ValueError(f"the input of layer {self.name!r} is too large: its squares overflow")
         mean = self.mean.reshape(self.groups, *self.patch)
@@ -89,36 +87,6 @@ class Collector:
             channels, window = product(*self.squares)
             return Moments(self.count, mean, None, channels, window, gradient)
         return Moments(self.count, mean, self.squares[0], gradient=gradient)
-
-
-def _add_squares(total: Tensor, rows: Tensor, gap: Tensor, weight: float) -> None:
-    """Add ``rows' rows + weight gap gap'`` to ``total``, on and above its diagonal blocks.
-
-    Products are in the dtype of ``rows`` (groups, count, d), sums in that of ``total``.
-    """
-    d = total.shape[1]
-    step = block_rows(d)
-    for first in range(0, d, step):
-        some = slice(first, first + step)
-        part = total[:, some, first:]
-        part += rows[..., some].mT @ rows[..., first:]
-        if weight:
-            part.baddbmm_(gap[:, some], gap[:, first:].mT, alpha=weight)
-
-
-def block_rows(d: int) -> int:
-    """Return how many rows of a matrix are worked on at once: an eighth, unless that is too few or many."""
-    return min(BLOCK, max(64, -(-d // 8)))
-
-
-def _mirror(matrix: Tensor) -> None:
-    """Fill the blocks below the diagonal with those above it, and make those on it symmetric."""
-    step = block_rows(matrix.shape[1])
-    for first in range(0, matrix.shape[1], step):
-        last = first + step
-        block = matrix[:, first:last, first:last]
-        block.copy_((block + block.mT) / 2)
-        matrix[:, last:, first:last] = matrix[:, first:last, last:].mT
 
 
 class Finite:

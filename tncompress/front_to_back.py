@@ -16,6 +16,7 @@ from tncompress.layer_solver import LayerRepair, Partners, Solver
 from tncompress.layers import TNConv
 from tncompress.lockstep import in_lockstep
 from tncompress.probe import Probe, probe
+from tncompress.repair_report import Gauge
 from tncompress.running import eval_mode, input_of_call
 from tncompress.tables import progress_bar
 
@@ -89,21 +90,20 @@ def solve_front_to_back(
 
 
 def solve_last(
-    small: nn.Module, dense: nn.Module, images: Iterable[Tensor], solver: Solver
+    small: nn.Module, gauge: Gauge, images: Iterable[Tensor], solver: Solver
 ) -> LayerRepair | None:
     """Solve the linear layer that gives the output of ``small`` in place; None where there is none."""
     linear = {name: module for name, module in small.named_modules() if _is_linear(module)}
-    first = next(iter(images))
-    last = probe(small, linear, first)
+    last = probe(small, linear, next(iter(images)))
     if last.last is None or last.calls[last.last] != 1:
         return None
-    (pair,) = partners(small, dense, [last.last]).values()
+    (pair,) = partners(small, gauge.dense, [last.last]).values()
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
-    with recorded(pair.layer, inputs), eval_mode(small), eval_mode(dense):
-        for x in images:
+    with recorded(pair.layer, inputs), eval_mode(small):
+        for x, output in gauge.with_outputs(images):
             small(x)
-            outputs.append(dense(x))
+            outputs.append(output)
     with torch.no_grad():
         return solver.solve(pair, inputs, outputs)
 

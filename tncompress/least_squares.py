@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tncompress.squares import add_squares, mirror
+
 RIDGES = (1e-4, 1e-2, 1e-1)
 """The least ridge, the one where there are as many patches as numbers in one, and the largest."""
 
@@ -24,7 +26,9 @@ class PairMoments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean_x = self.mean_y = self.xx = self.yx = self.yy = torch.zeros(())
+        self.mean_x = self.mean_y = self.yx = torch.zeros(())
+        self._xx = self._yy = torch.zeros(())
+        self._mirrored = True
 
     def add(self, x: Float[Tensor, "g n d"], y: Float[Tensor, "g n out"]) -> None:
         """Take in pairs, as many for each group."""
@@ -34,38 +38,69 @@ class PairMoments:
             return
         mean_x, mean_y = x.mean(1, dtype=torch.float64), y.mean(1, dtype=torch.float64)
         x, y = x - mean_x[:, None].to(dtype), y - mean_y[:, None].to(dtype)
-        part = PairMoments()
-        part.count, part.mean_x, part.mean_y = count, mean_x, mean_y
-        part.xx, part.yx = (x.mT @ x).double(), (y.mT @ x).double()
-        part.yy = (y.mT @ y).double()
-        self.pool(part)
+        if not self.count:
+            self._begin(mean_x, mean_y)
+        weight, gap_x, gap_y = self._pool_means(count, mean_x, mean_y)
+        add_squares(self._xx, x, gap_x, weight)
+        add_squares(self._yy, y, gap_y, weight)
+        self.yx += y.mT @ x
+        self.yx.baddbmm_(gap_y, gap_x.mT, alpha=weight)
+        self._mirrored = False
 
     def pool(self, other: PairMoments) -> None:
         """Take in all that ``other`` has."""
         if not other.count:
             return
         if not self.count:
-            self.count, self.mean_x, self.mean_y = other.count, other.mean_x, other.mean_y
-            self.xx, self.yx, self.yy = other.xx.clone(), other.yx.clone(), other.yy.clone()
-            return
-        total = self.count + other.count
-        gap_x, gap_y = other.mean_x - self.mean_x, other.mean_y - self.mean_y
-        both = self.count * other.count / total
-        self.xx.add_(other.xx).baddbmm_(gap_x[:, :, None], both * gap_x[:, None])
-        self.yx.add_(other.yx).baddbmm_(gap_y[:, :, None], both * gap_x[:, None])
-        self.yy.add_(other.yy).baddbmm_(gap_y[:, :, None], both * gap_y[:, None])
-        self.mean_x = self.mean_x + gap_x * (other.count / total)
-        self.mean_y = self.mean_y + gap_y * (other.count / total)
+            self._begin(other.mean_x, other.mean_y)
+        weight, gap_x, gap_y = self._pool_means(other.count, other.mean_x, other.mean_y)
+        self.xx.add_(other.xx).baddbmm_(gap_x, gap_x.mT, alpha=weight)
+        self.yy.add_(other.yy).baddbmm_(gap_y, gap_y.mT, alpha=weight)
+        self.yx.add_(other.yx).baddbmm_(gap_y, gap_x.mT, alpha=weight)
+
+    def _begin(self, mean_x: Tensor, mean_y: Tensor) -> None:
+        (groups, d), out = mean_x.shape, mean_y.shape[1]
+        self.mean_x, self.mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
+        self._xx, self._yy = mean_x.new_zeros(groups, d, d), mean_y.new_zeros(groups, out, out)
+        self.yx = mean_y.new_zeros(groups, out, d)
+
+    def _pool_means(self, count: int, mean_x: Tensor, mean_y: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Take in ``count`` pairs with these means; return how their distance from the old weighs, and it."""
+        total = self.count + count
+        gap_x, gap_y = mean_x - self.mean_x, mean_y - self.mean_y
+        weight = self.count * count / total
+        self.mean_x = self.mean_x + gap_x * (count / total)
+        self.mean_y = self.mean_y + gap_y * (count / total)
         self.count = total
+        return weight, gap_x[:, :, None], gap_y[:, :, None]
+
+    @property
+    def xx(self) -> Float[Tensor, "g d d"]:
+        """The centred squares of x, summed up."""
+        self._mirror()
+        return self._xx
+
+    @property
+    def yy(self) -> Float[Tensor, "g out out"]:
+        """The centred squares of y, summed up."""
+        self._mirror()
+        return self._yy
+
+    def _mirror(self) -> None:
+        if not self._mirrored:
+            mirror(self._xx)
+            mirror(self._yy)
+            self._mirrored = True
 
     @property
     def finite(self) -> bool:
         """Whether no NaN and no infinity was among what was added."""
-        return bool(self.xx.isfinite().all() and self.yx.isfinite().all() and self.yy.isfinite().all())
+        squares = (part.diagonal(dim1=-2, dim2=-1) for part in (self._xx, self._yy) if self.count)
+        return all(bool(part.isfinite().all()) for part in squares)  # they bound all products
 
     @property
     def _trace(self) -> Tensor:
-        return self.yy.diagonal(dim1=1, dim2=2).sum()
+        return self._yy.diagonal(dim1=1, dim2=2).sum()
 
     def moments(
         self, fixed: Float[Tensor, "g out"] | None = None
@@ -90,10 +125,9 @@ class PairMoments:
         """Return E[e' G e] for e = y - b - W x, summed over the groups; G is ``weight``, 1 by default."""
         gap = (self.bias(kernels) - bias)[..., None]
         weighed, gap_weighed = (kernels, gap) if weight is None else (weight @ kernels, weight @ gap)
-        spread = (self._trace if weight is None else (weight * self.yy).sum()) / self.count
-        cross = (weighed * (self.yx / self.count)).sum()
-        own = ((kernels @ (self.xx / self.count)) * weighed).sum()
-        return max(0.0, float(spread - 2 * cross + own)) + float((gap * gap_weighed).sum())
+        spread = self._trace if weight is None else (weight * self.yy).sum()
+        cross, own = (weighed * self.yx).sum(), ((kernels @ self.xx) * weighed).sum()
+        return max(0.0, float(spread - 2 * cross + own) / self.count) + float((gap * gap_weighed).sum())
 
     def relative_error(self, kernels: Float[Tensor, "g out d"], bias: Float[Tensor, "g out"]) -> float:
         """Return the root of :meth:`squared_error` over that of the spread of y about its mean."""

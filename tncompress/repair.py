@@ -105,7 +105,7 @@ def repair(
             reestimate_batchnorm_(repaired, images)
     if classifier:
         with book.step("classifier"):
-            last = solve_last(repaired, dense, images, Solver("all", bias, False, ridge))
+            last = solve_last(repaired, book.gauge, images, Solver("all", bias, False, ridge))
             layers += [last] if last is not None else []
     report = RepairReport(tuple(book.steps), tuple(layers), book.gauge.count)
     repaired.tncompress_repair = report  # type: ignore[assignment]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from tncompress.layer_solver import LayerRepair
@@ -92,8 +93,8 @@ class Gauge:
     """Measures how far a model's output is from the dense one's on the first images."""
 
     def __init__(self, dense: nn.Module, images: Iterable[Tensor]) -> None:
+        self.dense, self.count = dense, 0
         self.inputs: list[Tensor] = []
-        self.count = 0
         for x in images:
             self.inputs.append(x[: MEASURED - self.count])
             self.count += len(self.inputs[-1])
@@ -104,6 +105,12 @@ class Gauge:
         except (RuntimeError, TypeError, ValueError) as error:
             shape, why = tuple(self.inputs[0].shape), str(error).partition("\n")[0]
             raise ValueError(f"the dense model does not take calibration inputs {shape}: {why}") from error
+
+    def with_outputs(self, images: Iterable[Tensor]) -> Iterator[tuple[Tensor, Any]]:
+        """Yield each batch of ``images``, those measured on and others, with the dense model's output."""
+        for place, x in enumerate(images):
+            known = place < len(self.inputs) and torch.equal(self.inputs[place], x)
+            yield x, self.wanted[place] if known else _outputs(self.dense, [x])[0]
 
     def read(self, model: nn.Module) -> Reading:
         """Return how far the output of ``model`` is off."""
