@@ -14,6 +14,7 @@ import tncompress as tnc
 from tncompress import front_to_back, layer_solver
 from tncompress.layer_solver import Partners, Solver, collect
 from tncompress.layers import TNConv
+from tncompress.running import channels_last, runs_channels_last
 
 pytestmark = pytest.mark.usefixtures("quick_cp")
 
@@ -184,7 +185,8 @@ def test_it_is_the_slow_loop_of_a_whole_pass_for_each_layer():
     dense, xs = Residual().double().eval(), images(40, 88)
     small = compressed(dense, "svd")
     fast = tnc.repair(small, dense, xs, batchnorm=False, classifier=False)
-    slow = copy.deepcopy(small)
+    slow = copy.deepcopy(small).to(memory_format=torch.channels_last)
+    dense = dense.to(memory_format=torch.channels_last)  # in which repair runs them: sums are in one order
     norms = {"a": (slow.norm, dense.norm)}
     for name in ("stem", "a", "b", "left", "right", "depth", "up", "head"):
         layer, partner = slow.get_submodule(name), dense.get_submodule(name)
@@ -204,6 +206,33 @@ def test_it_is_the_slow_loop_of_a_whole_pass_for_each_layer():
             Solver(batchnorm=False).solve(pair, taken, wanted)
     for (name, found), wanted in zip(fast.state_dict().items(), slow.state_dict().values(), strict=True):
         assert_close(found, wanted, rtol=1e-9, atol=1e-11, msg=name)
+
+
+class Viewing(nn.Module):
+    """Views channels and lines as one, which memory with channels last does not let it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8 * 36, 5)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()).view(len(x), -1))
+
+
+def test_layouts_come_out_as_they_were_and_a_model_that_takes_one_only_keeps_it(monkeypatch):
+    seen = []
+    module = sys.modules[tnc.repair.__module__]
+    monkeypatch.setattr(module, "channels_last", lambda *_, on: seen.append(on) or channels_last(*_, on=on))
+    x = torch.randn(16, 3, 6, 6, dtype=torch.float64)
+    for dense in (Viewing().double().eval(), Residual().double().eval()):
+        x = x if isinstance(dense, Viewing) else torch.cat(images(16))
+        assert runs_channels_last(dense, x) is isinstance(dense, Residual)
+        small = compressed(dense, "tucker")
+        before = [p.stride() for model in (dense, small) for p in model.parameters()]
+        mended = tnc.repair(small, dense, [x])
+        assert [p.stride() for model in (dense, mended) for p in model.parameters()] == before
+        assert seen.pop() is isinstance(dense, Residual)
 
 
 @pytest.mark.parametrize("sizes", [(7, 17), (1,) * 24])

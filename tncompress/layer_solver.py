@@ -146,7 +146,7 @@ class Solver:
         if not isinstance(layer, TNConv):
             return target, lambda: layer.weight.copy_(geometry.weight(target.reshape(shape)))
         metric = Metric(geometry.kernel_shape[1:], whole=moments, gradient=self.gradients.get(pair.name))
-        start = [factor.detach().double() for factor in layer.tensors()]
+        start = [factor.detach().clone().double() for factor in layer.tensors()]  # not to write into itself
         fine = torch.promote_types(layer.factors[0].dtype, torch.float32)
         fit = fit_in_metric(
             layer.format,

@@ -39,7 +39,7 @@ from tncompress.spec import (
     Settings,
 )
 from tncompress.vbmf import evbmf_rank
-from tncompress.weighted import fit_in_metric, whiten
+from tncompress.weighted import WeightedKernels, fit_in_metric, whiten
 
 Ranks = tuple[int, ...]
 
@@ -183,6 +183,7 @@ class RankPath:
     def __init__(self, kernels: Tensor, settings: Settings, metric: Metric | None = None) -> None:
         self.kernels, self.format, self.shape = kernels, settings.one_format, tuple(kernels.shape[1:])
         self.metric = metric
+        self._weighted = WeightedKernels(kernels, metric, ridge=RIDGE) if metric is not None else None
         self.params = _params_function(self.format, self.shape, len(kernels))
         self.grids = [_grid(top, settings) for top in self.format.max_ranks(self.shape)]
         seen = kernels if metric is None else whiten(self.format, kernels, metric)
@@ -239,7 +240,9 @@ class RankPath:
 
     def fit(self, ranks: Ranks) -> Fit | None:
         """Return the fit at ``ranks``, in the metric if there is one; None for kernels without weights."""
-        return fit_at(self.format, self.kernels, ranks, self.metric)
+        if self._weighted is None:
+            return fit_at(self.format, self.kernels, ranks, None)
+        return self._weighted.fit(self.format, ranks)
 
     def estimates(self, several: Sequence[Ranks]) -> list[float]:
         """Return about the errors that :meth:`fit` reaches at ``several`` ranks, in less time."""
@@ -249,9 +252,9 @@ class RankPath:
 
     def draft(self, ranks: Ranks) -> Fit:
         """Return a fit at ``ranks`` that :meth:`fit` would better, in less time."""
-        if self.metric is None:
+        if self._weighted is None:
             return self.format.draft(self.kernels, ranks)
-        return fit_in_metric(self.format, self.kernels, ranks, self.metric, ridge=RIDGE, draft=True)
+        return self._weighted.fit(self.format, ranks, draft=True)
 
     @property
     def tails_are_errors(self) -> bool:

@@ -19,7 +19,14 @@ from tncompress.layers import TNConv
 from tncompress.measure import macs
 from tncompress.moments import Calibration
 from tncompress.repair_report import Gauge, RepairReport, StepRepair
-from tncompress.running import copy_model, eval_mode, input_of_call, inputs_of
+from tncompress.running import (
+    channels_last,
+    copy_model,
+    eval_mode,
+    input_of_call,
+    inputs_of,
+    runs_channels_last,
+)
 
 __all__ = ["RepairReport", "correct_bias_", "reestimate_batchnorm_", "repair"]
 
@@ -88,25 +95,28 @@ def repair(
     gradients = _gradients(calibration, dense)
     pairs = partners(repaired, dense, names)
     images = _Images(batches, repaired).affordable(dense)
-    book = _Book(repaired, Gauge(dense, images))
+    first = next(iter(images))
+    fast = runs_channels_last(dense, first) and runs_channels_last(repaired, first)
     layers: list[LayerRepair] = []
-    if least_squares:
-        solver = Solver(least_squares, bias, batchnorm, ridge, gradients)
-        with book.step("least squares"):
-            layers = solve_front_to_back(
-                repaired, dense, pairs, images, solver, memory_limit=memory_limit, progress=progress
-            )
-    rest = [name for name in names if name not in {layer.name for layer in layers if layer.means_matched}]
-    if bias and rest:
-        with book.step("bias"):
-            correct_bias_(repaired, dense, images, names=rest)
-    if batchnorm:
-        with book.step("BatchNorm"):
-            reestimate_batchnorm_(repaired, images)
-    if classifier:
-        with book.step("classifier"):
-            last = solve_last(repaired, book.gauge, images, Solver("all", bias, False, ridge))
-            layers += [last] if last is not None else []
+    with channels_last(dense, repaired, on=fast):
+        book = _Book(repaired, Gauge(dense, images))
+        if least_squares:
+            solver = Solver(least_squares, bias, batchnorm, ridge, gradients)
+            with book.step("least squares"):
+                layers = solve_front_to_back(
+                    repaired, dense, pairs, images, solver, memory_limit=memory_limit, progress=progress
+                )
+        rest = [name for name in names if name not in {layer.name for layer in layers if layer.means_matched}]
+        if bias and rest:
+            with book.step("bias"):
+                correct_bias_(repaired, dense, images, names=rest)
+        if batchnorm:
+            with book.step("BatchNorm"):
+                reestimate_batchnorm_(repaired, images)
+        if classifier:
+            with book.step("classifier"):
+                last = solve_last(repaired, book.gauge, images, Solver("all", bias, False, ridge))
+                layers += [last] if last is not None else []
     report = RepairReport(tuple(book.steps), tuple(layers), book.gauge.count)
     repaired.tncompress_repair = report  # type: ignore[assignment]
     return repaired

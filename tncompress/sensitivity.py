@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tncompress.calibrate import Calibration, as_calibration
@@ -20,7 +21,7 @@ from tncompress.measure import device_of, macs
 from tncompress.outputs import DenseOutputs, Images
 from tncompress.responses import Row, Sensitivity, Unmeasured
 from tncompress.rowcache import RowCache
-from tncompress.running import copy_model
+from tncompress.running import copy_model, runs_channels_last
 from tncompress.selection import kept_dense
 from tncompress.spec import KEEP_DENSE, ParamsRatio, Settings, Spec
 from tncompress.swap import replace_all_
@@ -151,6 +152,8 @@ def _measured(
     _refuse_meta(model)
     target = copy_model(model)
     moments = as_calibration(calibration, target, include=asked.include, progress=progress)
+    if runs_channels_last(target, images.inputs[0]):
+        target = target.to(memory_format=torch.channels_last)
     layers, unmeasured = _layers(target, asked)
     known = [layer.module for layer in find_layers(target, asked.include) if layer.obstacle is None]
     run = _Run(target, DenseOutputs(target, images, known), RowCache(cache))

@@ -21,14 +21,11 @@ from tncompress.finetune import FinetuneConfig
 from tncompress.measure import evaluate
 from tncompress.outputs import Images
 from tncompress.retraining import digest_of_loader, train_again
-from tncompress.running import copy_model, eval_mode
+from tncompress.running import copy_model, eval_mode, runs_channels_last
 from tncompress.sweep_points import Point, content
 
 _KEYS = 1
 """The version of what the keys of a cache are made from and of what its rows hold."""
-
-LAYOUT_IMAGES = 8
-"""How many images tell whether the model runs with channels last."""
 
 Kind = Literal["ranks", "figures", "dense", "manifold"]
 
@@ -78,7 +75,7 @@ class Bench:
         _check(dense, test)
         if not any(isinstance(m, _BatchNorm) and m.track_running_stats for m in dense.modules()):
             drift = None
-        fast = _runs_channels_last(dense, test.inputs[0])
+        fast = runs_channels_last(dense, test.inputs[0])
         if fast:
             test, drift = _laid(test), _laid(drift) if drift is not None else None
         return cls(dense, test, drift, train_loader, config, crossing, fast)
@@ -212,18 +209,3 @@ def _laid(images: Images) -> Images:
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _runs_channels_last(model: nn.Module, x: Tensor) -> bool:
-    """Say whether the model gives the same outputs with channels last, which is faster on a CPU."""
-    if x.ndim != 4 or x.device.type != "cpu":
-        return False
-    few = x[:LAYOUT_IMAGES]
-    other = copy_model(model).to(memory_format=torch.channels_last)
-    try:
-        got, wanted = _outputs(other, _channels_last(few)), _outputs(model, few)
-    except RuntimeError:  # a view across channels
-        return False
-    scale = float(wanted.double().abs().max())
-    gap = float((got.double() - wanted.double()).abs().max())
-    return gap <= 1e3 * torch.finfo(wanted.dtype).eps * scale

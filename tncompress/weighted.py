@@ -52,25 +52,100 @@ def fit_in_metric(
     too, and makes its start in less time. The errors of the fit are those of the factors in the kernel's
     dtype; ``output_error`` is sqrt(tr(D C D') / tr(W C W')), without ridge or gradient.
     """
-    shape, work = tuple(kernels.shape[1:]), working_copy(kernels)
-    network = _Network.of(format, shape)
-    plain = metric.to(work)
-    used = plain.ridged(ridge).levelled()
-    weigh = unweigh = None
-    if used.gradient is not None:
-        weigh, unweigh = roots(add_ridge(used.gradient, GRADIENT_RIDGE))
-    target = _apply(work, [1], weigh) if weigh is not None else work
-    if start is None:
-        factors = _whitened_start(format, network, target, ranks, used, draft=draft)
-    else:
-        factors = [working_copy(factor) if len(work) > 1 else working_copy(factor)[None] for factor in start]
-        if weigh is not None:
-            factors[network.out] = network.on_out(factors[network.out], weigh)
-    solver = _Solver(network, target, used, torch.promote_types(kernels.dtype, torch.float32))
-    factors = solver.run(factors, sweeps, last_only=last_only or draft)
-    if unweigh is not None:
-        factors[network.out] = network.on_out(factors[network.out], unweigh)
-    return _as_fit(format, factors, kernels, work, plain)
+    target = WeightedKernels(kernels, metric, ridge=ridge)
+    return target.fit(format, ranks, start=start, sweeps=sweeps, last_only=last_only, draft=draft)
+
+
+class WeightedKernels:
+    """A stack of ``kernels`` with a ``metric``, and what fits at one rank after another have in common."""
+
+    def __init__(self, kernels: Tensor, metric: Metric, *, ridge: float = 0.0) -> None:
+        self.kernels, self.ridge = kernels, ridge
+        self.work = working_copy(kernels)
+        self.plain = metric.to(self.work)
+        self.used = self.plain.ridged(ridge).levelled()
+        self.target, self.unweigh = self.work, None
+        self.weigh: Tensor | None = None
+        if self.used.gradient is not None:
+            self.weigh, self.unweigh = roots(add_ridge(self.used.gradient, GRADIENT_RIDGE))
+            self.target = _apply(self.work, [1], self.weigh)
+        self._whitened: tuple[_Network, tuple[Tensor, dict[int, Tensor]]] | None = None
+
+    @cached_property
+    def weighted(self) -> Tensor:
+        """What is fitted, times the metric that is used."""
+        return self.used.times(self.target)
+
+    @cached_property
+    def squared_norm(self) -> float:
+        """The mean squared output of all groups together, without ridge or gradient."""
+        return float(self.plain.squared_norm(self.work).sum())
+
+    def whitened(self, network: _Network) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return what :func:`_whitened` does, taken once for fits of one format."""
+        if self._whitened is None or self._whitened[0] != network:
+            self._whitened = network, _whitened(network, self.target, self.used)
+        return self._whitened[1]
+
+    def fit(
+        self,
+        format: Format,
+        ranks: Ranks,
+        *,
+        start: Sequence[Tensor] | None = None,
+        sweeps: int = SWEEPS,
+        last_only: bool = False,
+        draft: bool = False,
+    ) -> Fit:
+        """Return the factors and their errors: see :func:`fit_in_metric`."""
+        network = _Network.of(format, tuple(self.kernels.shape[1:]))
+        if start is None:
+            factors = self._start(format, network, ranks, draft=draft)
+        else:
+            stacked = len(self.work) > 1
+            factors = [working_copy(factor) if stacked else working_copy(factor)[None] for factor in start]
+            if self.weigh is not None:
+                factors[network.out] = network.on_out(factors[network.out], self.weigh)
+        steps = torch.promote_types(self.kernels.dtype, torch.float32)
+        solver = _Solver(network, self.target, self.used, steps, weighted=self.weighted)
+        factors, squared_error = solver.run(factors, sweeps, last_only=last_only or draft)
+        if self.unweigh is not None:
+            factors[network.out] = network.on_out(factors[network.out], self.unweigh)
+        return self._as_fit(format, factors, float(squared_error.sum()) if draft else None)
+
+    def _start(self, format: Format, network: _Network, ranks: Ranks, *, draft: bool) -> list[Tensor]:
+        whitened, inverses = self.whitened(network)
+        fit = (format.draft if draft else format.fit_groups)(whitened.contiguous(), ranks)
+        factors = list(fit.factors) if len(self.kernels) > 1 else [factor[None] for factor in fit.factors]
+        for number, inverse in inverses.items():
+            factors[number] = network.on_modes(number, factors[number], inverse)
+        return factors
+
+    def _as_fit(self, format: Format, factors: list[Tensor], squared_error: float | None) -> Fit:
+        """Return the factors in the kernel's dtype, with the errors that they then have.
+
+        With the ``squared_error`` that the solver found, rounding them is left out of account.
+        """
+        kernels = self.kernels
+        cast = [factor.to(kernels.dtype).contiguous() for factor in factors]
+        rebuilt = format.to_dense([factor.double() for factor in cast], tuple(kernels.shape[1:]))
+        missing, norm = self.work - rebuilt, float(self.work.norm())
+        output = 0.0
+        if self.squared_norm > 0:
+            known = self._without_ridge(squared_error, missing) if squared_error is not None else None
+            squares = known if known is not None else float(self.plain.squared_norm(missing).sum())
+            output = math.sqrt(squares / self.squared_norm)
+        made = tuple(cast) if len(kernels) > 1 else tuple(factor[0] for factor in cast)
+        return Fit(made, float(missing.norm()) / norm if norm > 0 else 0.0, output)
+
+    def _without_ridge(self, squared_error: float, missing: Tensor) -> float | None:
+        """Return a squared error without the part of the ridge; None where more than that was added to it."""
+        whole, coarse = self.plain.whole, self.kernels.dtype.itemsize < 4
+        only_ridge = self.weigh is None and self.used is self.plain.ridged(self.ridge)
+        if whole is None or coarse or not only_ridge:
+            return None
+        pull = self.ridge * whole.diagonal(dim1=1, dim2=2).mean(1)
+        return max(0.0, squared_error - float((pull * missing.square().flatten(1).sum(1)).sum()))
 
 
 @dataclass(frozen=True)
@@ -193,30 +268,24 @@ def _turned(kernels: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     return turned.reshape(kernels.shape), inverse
 
 
-def _whitened_start(
-    format: Format, network: _Network, kernels: Tensor, ranks: Ranks, metric: Metric, *, draft: bool
-) -> list[Tensor]:
-    whitened, inverses = _whitened(network, kernels, metric)
-    fit = (format.draft if draft else format.fit_groups)(whitened.contiguous(), ranks)
-    factors = list(fit.factors) if len(kernels) > 1 else [factor[None] for factor in fit.factors]
-    for number, inverse in inverses.items():
-        factors[number] = network.on_modes(number, factors[number], inverse)
-    return factors
-
-
 class _Solver:
     """Least squares in the metric, one factor after another; gradients are conjugate in dtype ``steps``."""
 
-    def __init__(self, network: _Network, kernels: Tensor, metric: Metric, steps: torch.dtype) -> None:
+    def __init__(
+        self, network: _Network, kernels: Tensor, metric: Metric, steps: torch.dtype, *, weighted: Tensor
+    ) -> None:
         self.network, self.kernels, self.metric, self.steps = network, kernels, metric, steps
-        self.weighted = metric.times(kernels)
+        self.weighted = weighted
         self.total = (self.weighted * kernels).flatten(1).sum(1)
 
-    def run(self, factors: list[Tensor], sweeps: int, *, last_only: bool) -> list[Tensor]:
-        """Return the factors after up to ``sweeps`` sweeps, of which the first begins with ``out``."""
+    def run(self, factors: list[Tensor], sweeps: int, *, last_only: bool) -> tuple[list[Tensor], Tensor]:
+        """Return the factors after up to ``sweeps`` sweeps, and each group's squared error.
+
+        The first sweep begins with ``out``.
+        """
         factors, error = self.solve_out(factors)
         if last_only or len(factors) == 1:
-            return factors
+            return factors, error
         for _ in range(sweeps):
             found = self.solve_others(factors)
             found, reached = self.solve_out(found)
@@ -226,7 +295,7 @@ class _Solver:
             factors, error = found, reached
             if gain < TOLERANCE:
                 break
-        return factors
+        return factors, error
 
     def solve_out(self, factors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Return the factors with the best one for ``out``, and the squared error of each group.
@@ -324,14 +393,3 @@ def _solve(gram: Tensor, target: Tensor) -> Tensor:
             return torch.cholesky_solve(target, lower)
         jitter *= 100
     return torch.linalg.pinv(gram, hermitian=True) @ target
-
-
-def _as_fit(format: Format, factors: list[Tensor], kernels: Tensor, work: Tensor, metric: Metric) -> Fit:
-    """Return the factors in the kernel's dtype, with the errors that they then have."""
-    cast = [factor.to(kernels.dtype).contiguous() for factor in factors]
-    rebuilt = format.to_dense([factor.double() for factor in cast], tuple(kernels.shape[1:]))
-    missing = work - rebuilt
-    total, norm = float(metric.squared_norm(work).sum()), float(work.norm())
-    output = math.sqrt(float(metric.squared_norm(missing).sum()) / total) if total > 0 else 0.0
-    made = tuple(cast) if len(kernels) > 1 else tuple(factor[0] for factor in cast)
-    return Fit(made, float(missing.norm()) / norm if norm > 0 else 0.0, output)
