@@ -70,8 +70,9 @@ TIME_GOALS = {
 
 TIMES_TEXT = """
 The processor named AMD EPYC has no AVX-512; x86_64 was an Intel Xeon that has it. Its row is older: layers
-were not planned side by side yet, and the sensitivity ran all of them each time. Both rows of ResNet-50 are
-from before calibration took patches for shifts of an image, and repair took BatchNorm's statistics once.
+were not planned side by side yet, the sensitivity ran all of them each time, and calibration did not take
+patches for shifts of an image. ResNet-50 on the AMD processor ran with the allocator set as
+{doc}`howto/speed-settings` advises.
 """
 
 STEPS_TEXT = """
