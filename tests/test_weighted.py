@@ -13,7 +13,7 @@ from tncompress import CP, MPS, SVD, Entropy, ParamsRatio, RelError, Settings, T
 from tncompress.formats import Format
 from tncompress.metric import Metric, roots
 from tncompress.ranks import choose
-from tncompress.weighted import fit_in_metric, whiten
+from tncompress.weighted import WeightedKernels, fit_in_metric, whiten
 
 pytestmark = pytest.mark.usefixtures("quick_cp")
 
@@ -114,6 +114,38 @@ def test_a_fit_in_the_metric_is_no_worse_than_the_plain_one_and_says_how_good(fo
     assert fit.output_error <= 1.001 * output_error(x, kernels, rebuilt(format, plain, kernels)) + 1e-7
     assert_close(fit.rel_error, float((rebuilt(format, fit, kernels) - kernels).norm() / kernels.norm()))
     assert fit.loss == fit.output_error
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-2, 3.0])
+@pytest.mark.parametrize("kind", ["whole", "tiny", "product", "gradient"])
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_a_draft_says_how_good_it_is(format: Format, kind, ridge):
+    kernels, product = kernel_of(groups=2), product_metric()
+    whole = metric_of(patches(300, groups=2)) if kind != "product" else whole_of(product)
+    if kind == "tiny":
+        whole = Metric(PATCH, whole.whole * 1e-30)
+    rows = patches(9, (6,), groups=2)
+    metric = product if kind == "product" else replace(whole, gradient=rows.mT @ rows)
+    metric = metric if kind == "gradient" else replace(metric, gradient=None)
+    fit = fit_in_metric(format, kernels, ranks_at(format, SHAPE, 0.4), metric, ridge=ridge, draft=True)
+    lost, total = (
+        float(whole.squared_norm(k).sum()) for k in (kernels - rebuilt(format, fit, kernels), kernels)
+    )
+    assert_close(fit.output_error, math.sqrt(lost / total), rtol=1e-7, atol=1e-9)
+    assert fit.output_error > 1e-3
+
+
+@pytest.mark.parametrize("draft", [True, False])
+def test_fits_at_one_rank_after_another_are_those_made_apart(draft):
+    kernels, metric = kernel_of(), metric_of(patches(300))
+    weighted = WeightedKernels(kernels, metric, ridge=1e-2)
+    for format in (Tucker(), MPS(), Tucker(), SVD("in|rest")):
+        for ratio in (0.2, 0.5):
+            ranks = ranks_at(format, SHAPE, ratio)
+            apart = fit_in_metric(format, kernels, ranks, metric, ridge=1e-2, draft=draft)
+            fit = weighted.fit(format, ranks, draft=draft)
+            assert all(map(torch.equal, fit.factors, apart.factors))
+            assert (fit.rel_error, fit.output_error) == (apart.rel_error, apart.output_error)
 
 
 @every_tree_and_shape

@@ -74,7 +74,7 @@ def network_best(row):
 
 
 def all_networks(rows):
-    """Return the table of all of torchvision's networks: frozen against frozen."""
+    """Return the table of those of torchvision's networks that were measured: frozen against frozen."""
     table, slower = [], 0
     for row in sorted(rows, key=lambda r: (r["network"], r["batch"])):
         ratio = median(row, "dense frozen") / median(row, "compressed frozen")
@@ -92,8 +92,8 @@ def all_networks(rows):
         "error",
     ]
     text = f"""
-All of torchvision's classification networks with at most 100 million parameters: the compressed one frozen
-against the dense one frozen. Slower by more than the spread: {slower} of {len(rows)} (goal: none).
+{len(rows)} of torchvision's classification networks of at most 100 million parameters, each compressed and
+frozen against dense and frozen. Slower by more than the spread: {slower} (goal: none).
 
 """
     return text + markdown_table(head, table) + "\n"

@@ -16,7 +16,6 @@ OpenMP that the documentation advises.
 
 import argparse
 import gc
-import inspect
 import sys
 
 import torch
@@ -36,6 +35,8 @@ from tncompress.running import copy_model
 
 LARGEST, ODD = 100e6, ("inception_v3", "maxvit_t")
 """Networks of more parameters are left out of ``every``; the odd ones want images of their own size."""
+SMALLER_CUTS = 2.0, 1.5
+"""How many times fewer MACs are tried where a network can't be brought to those that ``every`` asks for."""
 
 
 def compressed_to(model, format, cut, latency, x):
@@ -114,6 +115,16 @@ def run_one(options):
     show(row)
 
 
+def measured_where_it_can_be(name, options):
+    """Return the row at the cut that is asked for, or at a smaller one where that can't be reached."""
+    for cut in (options.cut, *(cut for cut in SMALLER_CUTS if cut < options.cut)):
+        try:
+            return measure(name, argparse.Namespace(**vars(options) | {"cut": cut}))
+        except ValueError as error:
+            print(f"{name} at {cut}x: {error}", flush=True)
+    return None
+
+
 def run_every(options):
     """Measure each of torchvision's classification networks that is not there yet."""
     from torchvision import models
@@ -123,25 +134,17 @@ def run_every(options):
     for name in models.list_models(module=models):
         if "quantized" in name or name in ODD:
             continue
-        with torch.device("meta"):
-            size = num_params(getattr(models, name)(**_plain(models, name)))
+        size = models.get_model_weights(name).DEFAULT.meta["num_params"]
         setting = options.format, options.batch, options.side, options.bf16
         key = ("network", name, *setting, environment(), machine(options.threads))
         if size > LARGEST or key in done:
             continue
-        try:
-            row = measure(name, options)
-        except ValueError as error:
-            print(f"{name}: {error}", flush=True)
+        row = measured_where_it_can_be(name, options)
+        if row is None:
             continue
         append(row | {"every": True})
         show(row)
         gc.collect()
-
-
-def _plain(models, name):
-    takes = inspect.signature(getattr(models, name)).parameters
-    return {"weights": None} if "weights" in takes or "kwargs" in takes else {}
 
 
 def show(row):
