@@ -230,8 +230,10 @@ def test_layouts_come_out_as_they_were_and_a_model_that_takes_one_only_keeps_it(
         assert runs_channels_last(dense, x) is isinstance(dense, Residual)
         small = compressed(dense, "tucker")
         before = [p.stride() for model in (dense, small) for p in model.parameters()]
+        memory = [p.data_ptr() for p in dense.parameters()]
         mended = tnc.repair(small, dense, [x])
         assert [p.stride() for model in (dense, mended) for p in model.parameters()] == before
+        assert [p.data_ptr() for p in dense.parameters()] == memory
         assert seen.pop() is isinstance(dense, Residual)
 
 

@@ -95,7 +95,7 @@ class PairMoments:
     @property
     def finite(self) -> bool:
         """Whether no NaN and no infinity was among what was added."""
-        squares = (part.diagonal(dim1=-2, dim2=-1) for part in (self._xx, self._yy) if self.count)
+        squares = (part.diagonal(dim1=1, dim2=2) for part in (self._xx, self._yy) if self.count)
         return all(bool(part.isfinite().all()) for part in squares)  # they bound all products
 
     @property

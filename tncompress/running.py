@@ -94,18 +94,17 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 def channels_last(*models: nn.Module, on: bool = True) -> Iterator[None]:
     """Have kernels of four axes in ``models`` laid out channels last while the block runs, where ``on``.
 
-    Each comes out with the layout that it had. Parameters stay the same objects.
+    Their values then go back to the memory that they came from, in its layout: whatever shares it sees them.
     """
     held = [p for model in models for p in (*model.parameters(), *model.buffers()) if on and p.ndim == 4]
-    before = [p.stride() for p in held]
+    own = [p.data for p in held]
     for p in held:
         p.data = p.data.to(memory_format=torch.channels_last)
     try:
         yield
     finally:
-        for p, strides in zip(held, before, strict=True):
-            fresh = torch.empty_strided(p.shape, strides, dtype=p.dtype, device=p.device)
-            p.data = fresh.copy_(p.data)
+        for p, memory in zip(held, own, strict=True):
+            p.data = memory.copy_(p.data)
 
 
 def runs_channels_last(model: nn.Module, x: Tensor) -> bool:
