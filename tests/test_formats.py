@@ -419,6 +419,18 @@ def test_mps_is_better_than_a_plain_truncation(ranks):
     assert MPS().fit(kernel, ranks).rel_error < 0.995 * error
 
 
+@pytest.mark.parametrize("ranks", [(12, 24), (24, 48), (40, 80)], ids=str)
+@pytest.mark.parametrize("legs", ["channels", "all"])
+def test_tucker_is_as_good_as_tensorlys(legs, ranks):
+    from tensorly import tucker_to_tensor
+    from tensorly.decomposition import partial_tucker
+
+    kernel, small, wide = torch.randn(96, 48, 3, 3), (2, 2) if legs == "all" else (), (3, 3)
+    (core, bases), _ = partial_tucker(kernel.numpy(), [ranks[1], ranks[0], *(small or wide)], init="svd")
+    error = relative(torch.from_numpy(tucker_to_tensor((core, bases))), kernel)
+    assert Tucker(legs).fit(kernel, (ranks[0], *small, ranks[1])).rel_error < 1.0001 * error
+
+
 @pytest.mark.parametrize("rank", [4, 12, 24])
 def test_cp_is_as_good_as_tensorlys(rank):
     from tensorly.decomposition import parafac

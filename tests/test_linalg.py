@@ -10,6 +10,7 @@ from tncompress.linalg import (
     bond_scale,
     leading,
     orthonormalised,
+    projected,
     singular_values,
     squared_norm,
     svd,
@@ -199,6 +200,16 @@ def test_a_truncation_found_in_float32_is_as_good_as_the_best_and_told_exactly(s
     assert_close(rest, u.mT @ matrix, rtol=0, atol=1e-13 * total**0.5)
     assert abs(squared_norm(matrix - u @ rest) - discarded) <= 1e-12 * total
     assert discarded**0.5 <= (1 + 1e-5) * best**0.5 + 1e-10 * total**0.5
+
+
+@pytest.mark.parametrize("width", [50, 60, 2500])
+def test_a_matrix_held_in_float32_is_projected_in_float64(width):
+    matrix, basis = torch.randn(60, width), orthonormal(60, 8)
+    for each in (matrix, matrix.mT.contiguous().mT):
+        assert_close(projected(basis, each), basis.mT @ each.double(), rtol=0, atol=1e-13)
+    held, whole = (leading(each, 5, single=True) for each in (matrix, matrix.double()))
+    for part, other in zip(held, whole, strict=True):
+        assert_close(part, other, rtol=1e-12, atol=1e-12)
 
 
 def test_float32_is_not_used_where_it_would_be_rounded(monkeypatch):

@@ -20,13 +20,20 @@ GRAM_FLOOR = 1e-10
 SINGLE_SIDE, SINGLE_FLOOR, SINGLE_PEAKS = 48, 1e-4, (1e-15, 1e15)
 """Where float32 finds what to keep: the shortest side, the least relative loss, the bounds of entries."""
 
+COLUMNS = 1024
+"""How many columns at a time :func:`projected` takes to another precision."""
+
 JOINT_PRECISION = 1e-7
 """How far off a value of :func:`joint_singular_values` may be, over the norm, where it is not ``exact``."""
 
 
-def working_copy(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` detached, in float64 and contiguous: the same factors for the same numbers."""
-    return tensor.detach().to(torch.float64, memory_format=torch.contiguous_format)
+def working_copy(tensor: Tensor, *, single: bool = False) -> Tensor:
+    """Return ``tensor`` detached, in float64 and contiguous: the same factors for the same numbers.
+
+    With ``single`` it is held in float32, half the memory, where :func:`single_suffices`.
+    """
+    dtype = torch.float32 if single else torch.float64
+    return tensor.detach().to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def unfold(tensor: Tensor, rows: Sequence[int]) -> Float[Tensor, "m n"]:
@@ -84,19 +91,19 @@ def leading(
     """Return ``u, rest, discarded``: the matrix truncated to ``rank`` is ``u @ rest``.
 
     ``rest`` is ``u.T @ matrix``, ``u`` has orthonormal columns, and ``discarded`` is the squared error.
-    With ``single`` they are looked for in float32, where :func:`single_suffices`: as a discarded weight is
-    stationary at the best ``u``, it grows by about a millionth. Where so little is discarded that this
-    counts, it is float64.
+    All are in float64. With ``single`` they are looked for in float32, where :func:`single_suffices`: as a
+    discarded weight is stationary at the best ``u``, it grows by about a millionth. Where so little is
+    discarded that this counts, it is float64.
     """
     short = min(matrix.shape)
     if single and short >= SINGLE_SIDE and rank < short:
         total = squared_norm(matrix)
-        u = orthonormalised(leading_vectors(matrix.float(), rank).to(matrix.dtype))
-        rest = u.mT @ matrix
+        u = orthonormalised(leading_vectors(matrix.float(), rank).double())
+        rest = projected(u, matrix)
         discarded = total - squared_norm(rest)
         if discarded > SINGLE_FLOOR * total:
             return u, rest, discarded
-    u, s, svh = svd(matrix)
+    u, s, svh = svd(matrix.double())
     return u[:, :rank], svh[:rank], float(tail_energies(s)[rank])
 
 
@@ -134,6 +141,16 @@ def orthonormalised(basis: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
     for _ in range(2):
         basis = basis @ (1.5 * eye - 0.5 * (basis.mT @ basis))
     return basis
+
+
+def projected(basis: Float[Tensor, "m r"], matrix: Float[Tensor, "m n"]) -> Float[Tensor, "r n"]:
+    """Return ``basis.T @ matrix`` in the basis's dtype, without a copy of the whole matrix in it."""
+    if matrix.dtype == basis.dtype:
+        return basis.mT @ matrix
+    made = basis.new_empty(basis.shape[1], matrix.shape[1])
+    for piece, part in zip(made.split(COLUMNS, 1), matrix.split(COLUMNS, 1), strict=True):
+        torch.mm(basis.mT, part.to(basis.dtype), out=piece)
+    return made
 
 
 def singular_values(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " k"]:

@@ -129,7 +129,9 @@ def run_every(options):
     """Measure each of torchvision's classification networks that is not there yet."""
     from torchvision import models
 
-    done = {tuple(row.get(key) for key in KEYS) for row in known() if row["kind"] == "network"}
+    rows = [row for row in known() if row["kind"] == "network"]
+    done = {tuple(row.get(key) for key in KEYS) for row in rows}
+    elsewhere = {row["network"] for row in rows if row.get("every")} if options.new else set()
     options.compile = False
     for name in models.list_models(module=models):
         if "quantized" in name or name in ODD:
@@ -137,7 +139,7 @@ def run_every(options):
         size = models.get_model_weights(name).DEFAULT.meta["num_params"]
         setting = options.format, options.batch, options.side, options.bf16
         key = ("network", name, *setting, environment(), machine(options.threads))
-        if size > LARGEST or key in done:
+        if size > LARGEST or key in done or name in elsewhere:
             continue
         row = measured_where_it_can_be(name, options)
         if row is None:
@@ -174,6 +176,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each variant")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true", help="measure compiled variants, too: minutes")
+    parser.add_argument("--new", action="store_true", help="of every: those that no machine has measured")
     parser.add_argument("--advised", action="store_true", help="with the settings that are advised")
     options = parser.parse_args()
     if options.advised:

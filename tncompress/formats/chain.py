@@ -19,6 +19,7 @@ from tncompress.linalg import (
     bond_scale,
     leading,
     orthonormalised,
+    projected,
     single_suffices,
     singular_values,
     squared_norm,
@@ -119,11 +120,13 @@ class ChainFormat(Format):
         """
         ranks = self.feasible(kernel.shape, self.check_ranks(kernel.shape, ranks))
         groups = self.groups(kernel.shape)
-        tensor, single = self._tensor(kernel, groups), single_suffices(kernel)
+        single = single_suffices(kernel)
+        tensor = self._tensor(kernel, groups, single=single)
         cores, centre, squared = truncate_chain(tensor, ranks, single=single)
         norm = squared_norm(tensor)
         if len(ranks) > 1 and squared > NEGLIGIBLE * norm:
-            cores, squared = improve_chain(tensor, cores, single=single and squared > SINGLE_FLOOR * norm)
+            single = single and squared > SINGLE_FLOOR * norm
+            cores, squared = improve_chain(tensor if single else tensor.double(), cores, single=single)
             centre = len(cores) - 1
         cores = balance_chain(cores, centre)
         rel_error = math.sqrt(max(squared, 0.0) / norm) if norm > 0 else 0.0
@@ -138,15 +141,16 @@ class ChainFormat(Format):
         groups = self.groups(kernels.shape[1:])
         single = single_suffices(kernels)
         squared = sum(
-            truncate_chain(self._tensor(kernel, groups), ranks, single=single)[2] for kernel in kernels
+            truncate_chain(self._tensor(kernel, groups, single=single), ranks, single=single)[2]
+            for kernel in kernels
         )
         norm = squared_norm(kernels)
         return math.sqrt(max(squared, 0.0) / norm) if norm > 0 else 0.0
 
-    def _tensor(self, kernel: Tensor, groups: Groups) -> Tensor:
-        """Return the kernel in float64 with one mode for each core, in the order of the chain."""
+    def _tensor(self, kernel: Tensor, groups: Groups, *, single: bool) -> Tensor:
+        """Return the kernel with one mode for each core, in the order of the chain."""
         sizes = [math.prod(kernel.shape[mode] for mode in group) for group in groups]
-        return working_copy(kernel.permute(sum(groups, ()))).reshape(sizes)
+        return working_copy(kernel.permute(sum(groups, ())), single=single).reshape(sizes)
 
 
 def truncate_chain(tensor: Tensor, ranks: Ranks, *, single: bool = False) -> tuple[list[Tensor], int, float]:
@@ -208,8 +212,8 @@ def _centred(tensor: Tensor, cores: list[Tensor]) -> tuple[list[Tensor], float]:
     """Return the chain whose cores but the last are isometries near ``cores``, and its squared error."""
     rest, made = tensor.reshape(1, -1), list[Tensor]()
     for core in cores[:-1]:
-        basis = orthonormalised(core.to(tensor.dtype).flatten(0, 1))
-        rest = basis.mT @ rest.reshape(len(basis), -1)
+        basis = orthonormalised(core.double().flatten(0, 1))
+        rest = projected(basis, rest.reshape(len(basis), -1))
         made.append(basis.reshape(core.shape))
     made.append(rest.reshape(cores[-1].shape))
     return made, squared_norm(tensor) - squared_norm(rest)

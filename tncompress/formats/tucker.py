@@ -16,6 +16,7 @@ from tncompress.linalg import (
     leading,
     leading_vectors,
     orthonormalised,
+    projected,
     single_suffices,
     singular_values,
     squared_norm,
@@ -115,9 +116,9 @@ class Tucker(Format):
         """
         shape = tuple(kernel.shape)
         ranks = self.feasible(shape, self.check_ranks(shape, ranks))
-        work = working_copy(kernel)
-        total = squared_norm(work)
         single = single_suffices(kernel)
+        work = working_copy(kernel, single=single)
+        total = squared_norm(work)
         core, bases = self._truncated(work, ranks, single=single)
         core, bases = _improve(work, core, bases, single=single)
         error = math.sqrt(_squared_distance(work, core, bases) / total) if total > 0 else 0.0
@@ -130,8 +131,8 @@ class Tucker(Format):
         """Return the relative error of the truncated HOSVD, which sweeps then lower by little."""
         shape = tuple(kernels.shape[1:])
         ranks = self.feasible(shape, self.check_ranks(shape, ranks))
-        works = [working_copy(kernel) for kernel in kernels]
         single = single_suffices(kernels)
+        works = [working_copy(kernel, single=single) for kernel in kernels]
         squared = sum(_squared_distance(work, *self._truncated(work, ranks, single=single)) for work in works)
         total = sum(squared_norm(work) for work in works)
         return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
@@ -171,7 +172,7 @@ def _wide(shape: Shape) -> tuple[int, ...]:
 
 def _project(tensor: Tensor, mode: int, basis: Tensor) -> Tensor:
     if mode == 0:  # no other order of the modes has to be made
-        return (basis.mT @ tensor.flatten(1)).reshape(-1, *tensor.shape[1:])
+        return projected(basis, tensor.flatten(1)).reshape(-1, *tensor.shape[1:])
     return torch.tensordot(tensor, basis, dims=([mode], [0])).movedim(-1, mode)
 
 
@@ -192,7 +193,7 @@ def _improve(
     if len(bases) == 1 or all(basis.shape[0] == basis.shape[1] for basis in bases.values()):
         return core, bases
     if not single or total - kept <= SINGLE_FLOOR * total:
-        return _swept(work, core, bases, total)
+        return _swept(work.double(), core, bases, total)
     last = work.ndim - 1  # ``in`` goes there: the largest products then need no copies
     place = {mode: last if mode == IN else mode - (mode > IN) for mode in bases}
     small = {place[mode]: basis.float() for mode, basis in bases.items()}
@@ -202,7 +203,7 @@ def _improve(
     )
     small = _swept(moved, start, small, total)[1]
     del moved, start
-    found = {mode: orthonormalised(small[place[mode]].to(work.dtype)) for mode in bases}
+    found = {mode: orthonormalised(small[place[mode]].double()) for mode in bases}
     swept = work
     for mode in sorted(found):  # ``out`` first, for which nothing is copied
         swept = _project(swept, mode, found[mode])
@@ -212,20 +213,37 @@ def _improve(
 def _swept(
     work: Tensor, core: Tensor, bases: dict[int, Tensor], total: float
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Return core and bases after sweeps; no sweep lowers the core's norm."""
-    bases, kept = dict(bases), squared_norm(core)
+    """Return core and bases after sweeps, which never lower the core's norm.
+
+    As sweeps creep along one direction, each begins as far again beyond what the last one found. Where that
+    leads nowhere the next begins at the best that there is.
+    """
+    kept, ahead = squared_norm(core), bases
     for _ in range(SWEEPS):
-        for mode in bases:
-            core = work
-            for other in bases:
+        trial, found = core, dict(ahead)
+        for mode in found:
+            trial = work
+            for other in found:
                 if other != mode:
-                    core = _project(core, other, bases[other])
-            bases[mode] = leading_vectors(_rows(core, mode), bases[mode].shape[1])
-            core = _project(core, mode, bases[mode])
-        gain, kept = squared_norm(core) - kept, squared_norm(core)
+                    trial = _project(trial, other, found[other])
+            found[mode] = leading_vectors(_rows(trial, mode), found[mode].shape[1])
+            trial = _project(trial, mode, found[mode])
+        gain = squared_norm(trial) - kept
+        if gain <= 0:
+            if ahead is bases:
+                break
+            ahead = bases
+            continue
+        before, bases, core, kept = bases, found, trial, kept + gain
         if gain <= TOLERANCE * (total - kept):
             break
+        ahead = {mode: _beyond(before[mode], basis) for mode, basis in bases.items()}
     return core, bases
+
+
+def _beyond(before: Tensor, basis: Tensor) -> Tensor:
+    """Return an orthonormal basis of the space that lies as far beyond ``basis`` as ``before`` behind it."""
+    return torch.linalg.qr(2 * basis - before @ (before.mT @ basis)).Q
 
 
 def _squared_distance(work: Tensor, core: Tensor, bases: dict[int, Tensor]) -> float:
