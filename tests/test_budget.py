@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tncompress.discovery import find_layers
 from tncompress.formats import FORMATS, all_contenders
 from tncompress.judge import COPIES, Judge
 from tncompress.latency import Clock, modelled
+from tncompress.machine import Machine, keep_machine, warn_once
 from tncompress.measure import Latency, macs, num_params
 from tncompress.plan import Plan
 from tncompress.planner import make_plan
@@ -300,6 +302,19 @@ def test_a_budget_on_latency_is_kept_by_its_own_clock(source, monkeypatch):
     assert plan.compressed
     assert plan.budget.reached["latency"] <= 0.9
     assert plan.budget.reached["latency"] == pytest.approx((rest + after) / (rest + before))
+
+
+def test_a_modelled_latency_says_when_no_fit_to_this_machine_is_behind_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (layer,) = find_layers(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Identity()))
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"tncompress bench --calibrate.*'measurement'"):
+        assert Clock("model").layer(layer, [(1, 64, 4, 4)]) < 1
+    warn_once.cache_clear()
+    keep_machine(Machine(start=2.0), "cpu", torch.float32, error=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Clock("model").layer(layer, [(1, 64, 4, 4)]) > 1
 
 
 def test_a_chain_is_measured_at_the_shapes_of_its_calls(monkeypatch):

@@ -19,7 +19,7 @@ from tncompress.costs import Calls, samples_and_lengths, stages_now
 from tncompress.discovery import Layer
 from tncompress.formats import Stage
 from tncompress.geometry import ConvGeometry
-from tncompress.machine import Machine, machine_for, terms
+from tncompress.machine import Machine, fitted_machine, terms, warn_once
 from tncompress.measure import latencies
 from tncompress.timing import samples_in_turns
 
@@ -42,7 +42,7 @@ class Clock:
             key = geometry, tuple(stages), shape, weight.dtype, weight.device
             if key not in self._known:
                 self._known[key] = (
-                    modelled(geometry, stages, shape, machine_for(weight.device, weight.dtype))
+                    modelled(geometry, stages, shape, _machine(weight))
                     if self.source == "model"
                     else measured(geometry, stages, shape, dtype=weight.dtype, device=weight.device)
                 )
@@ -61,6 +61,17 @@ class Clock:
         if self.source == "model":
             return layers
         return max(layers, latencies([model], example_inputs, seconds=0.5)[0].median)
+
+
+def _machine(weight: torch.Tensor) -> Machine:
+    """Return the machine that was fitted to where ``weight`` is; without one, warn that another stands in."""
+    found = fitted_machine(weight.device, weight.dtype)
+    if found is None:
+        warn_once(
+            "latency_from 'model': no speeds were fitted to this machine, those of another stand in and may be "
+            "far off; run tncompress bench --calibrate once, or take latency_from 'measurement'"
+        )
+    return found or Machine()
 
 
 def modelled(

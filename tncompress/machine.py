@@ -126,18 +126,23 @@ def machine_for(device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
 
     A file that can't be read is told of in a warning, and does not stop anything.
     """
+    return fitted_machine(device, dtype) or Machine()
+
+
+def fitted_machine(device: torch.device | str, dtype: torch.dtype) -> Machine | None:
+    """Return the machine that was fitted to this device, dtype and number of threads, if one was."""
     path = machines_file()
     try:
         state = path.stat()
     except OSError:
-        return Machine()
+        return None
     try:
         known = _read(path, state.st_mtime_ns, state.st_size)
     except (ValueError, OSError) as error:
-        _warn_once(f"{error}; the built-in cost model is used: fit it again by tncompress bench --calibrate")
-        return Machine()
+        warn_once(f"{error}; the built-in cost model is used: fit it again by tncompress bench --calibrate")
+        return None
     found = known.get(_key(device, dtype))
-    return found.machine if found is not None else Machine()
+    return found.machine if found is not None else None
 
 
 def keep_machine(machine: Machine, device: torch.device | str, dtype: torch.dtype, error: float) -> Path:
@@ -187,5 +192,5 @@ def _read(path: Path, changed: int, size: int) -> dict[tuple[str, int, str], _En
 
 
 @lru_cache(maxsize=16)
-def _warn_once(words: str) -> None:
+def warn_once(words: str) -> None:
     warnings.warn(words, stacklevel=3)

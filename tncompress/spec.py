@@ -301,8 +301,8 @@ class Budget(BaseModel):
     ``params`` counts all parameters, ``macs`` the multiply-accumulates of all convolutions and linear layers
     on the example inputs, ``bytes`` parameters and buffers in their dtypes, ``latency`` the time of a forward
     pass on the example inputs. Times are measured, layer by layer, or with ``latency_from="model"`` computed
-    from a model of the machine. Formats and ranks are then chosen such that the losses of the layers sum
-    up to the least.
+    from a model of the machine, fitted once by ``tncompress bench --calibrate``. Formats and ranks are then
+    chosen such that the losses of the layers sum up to the least.
 
     >>> Budget(params=0.25, macs=0.5).asked
     {'params': 0.25, 'macs': 0.5}
