@@ -68,8 +68,8 @@ def _machine(weight: torch.Tensor) -> Machine:
     found = fitted_machine(weight.device, weight.dtype)
     if found is None:
         warn_once(
-            "latency_from 'model': no speeds were fitted to this machine, those of another stand in and may be "
-            "far off; run tncompress bench --calibrate once, or take latency_from 'measurement'"
+            "latency_from 'model': no speeds were fitted to this machine, those of another stand in and may "
+            "be far off; run tncompress bench --calibrate once, or take latency_from 'measurement'"
         )
     return found or Machine()
 

@@ -193,4 +193,5 @@ def _read(path: Path, changed: int, size: int) -> dict[tuple[str, int, str], _En
 
 @lru_cache(maxsize=16)
 def warn_once(words: str) -> None:
+    """Warn with these words, once in a process."""
     warnings.warn(words, stacklevel=3)

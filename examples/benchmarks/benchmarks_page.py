@@ -4,6 +4,7 @@ import statistics
 from collections import defaultdict
 
 from decomposition_page import compressing, cps, decompositions
+from limits_page import LAYER_GOALS, limits
 from networks_page import networks
 from page_parts import best_dense, markdown_table, median, met, spread
 from training_page import training
@@ -33,13 +34,6 @@ fastest of its implementations counts, in either memory layout. *spread* is the 
 quartiles, over the median.
 """
 
-PACKED = """
-In these rows the weights of *ours* were packed for the backend all the same, which `tnc.freeze` does only
-where that is measured to be faster: it may run small layers faster than this.
-"""
-
-GOALS = {("svd", 8): 3.4, ("tucker", 8): 3.4, ("mps", 8): 3.1, ("svd", 1): 2.8, ("tucker", 1): 2.8}
-
 
 def write_page(rows, path):
     """Write the page of all rows, machine by machine."""
@@ -50,6 +44,7 @@ def write_page(rows, path):
         for kind, section in SECTIONS.items():
             if own := [row for row in rows if row["kind"] == kind and row["machine"] == machine]:
                 parts.append(f"#{section(own)}")  # one level down
+    parts.append(limits(rows))
     path.write_text("\n".join(parts))
 
 
@@ -76,13 +71,12 @@ def layers(rows):
         peers = [value for row in own if (value := against_peer(row)) is not None]
         theirs = f"{statistics.geometric_mean(peers):.2f}x (least {min(peers):.2f}x)" if peers else "–"
         noise = statistics.mean(spread(row) for row in own)
-        goal = met(mean, GOALS.get((name, batch)))
+        goal = met(mean, LAYER_GOALS.get((name, batch)))
         line = [where, batch, name, len(own), f"{cut:.2f}x", f"{mean:.2f}x", f"{min(gains):.2f}x", goal]
         table.append([*line, theirs, f"{100 * noise:.0f} %"])
     head = ["environment", "batch", "format", "layers", "fewer MACs", "faster than dense", "least", "goal"]
-    steps = " or ".join(sorted({str(row.get("step", 16)) for row in rows}, key=int))
-    packed = "" if all("step" in row for row in rows) else PACKED
-    text = LAYERS.format(step=steps) + packed + "\n"
+    steps = " or ".join(sorted({str(row["step"]) for row in rows}, key=int))
+    text = LAYERS.format(step=steps) + "\n"
     text += markdown_table([*head, "than tltorch", "spread"], table) + "\n"
     for where in sorted({row["environment"] for row in rows}):
         own = [row for row in rows if row["environment"] == where]

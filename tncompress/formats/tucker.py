@@ -25,7 +25,7 @@ from tncompress.linalg import (
     working_copy,
 )
 
-SWEEPS, TOLERANCE = 10, 2e-4
+SWEEPS, TOLERANCE = 10, 1e-4
 """Sweeps at most, and the part of the squared error that one has to take off for another to follow."""
 
 SINGLE_FLOOR = 1e-2
