@@ -309,12 +309,12 @@ def test_a_modelled_latency_says_when_no_fit_to_this_machine_is_behind_it(monkey
     (layer,) = find_layers(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Identity()))
     warn_once.cache_clear()
     with pytest.warns(UserWarning, match=r"tncompress bench --calibrate.*'measurement'"):
-        assert Clock("model").layer(layer, [(1, 64, 4, 4)]) < 1
+        assert Clock("model").layer(layer, [(1, 64, 4, 4)]) < 1e-2
     warn_once.cache_clear()
-    keep_machine(Machine(start=2.0), "cpu", torch.float32, error=0.1)
+    keep_machine(Machine(start=1.0), "cpu", torch.float32, error=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert Clock("model").layer(layer, [(1, 64, 4, 4)]) > 1
+        assert Clock("model").layer(layer, [(1, 64, 4, 4)]) > 1  # a second to start
 
 
 def test_a_chain_is_measured_at_the_shapes_of_its_calls(monkeypatch):
