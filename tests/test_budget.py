@@ -317,6 +317,21 @@ def test_a_modelled_latency_says_when_no_fit_to_this_machine_is_behind_it(monkey
         assert Clock("model").layer(layer, [(1, 64, 4, 4)]) > 1  # a second to start
 
 
+def test_layers_weighed_side_by_side_go_by_the_machine_as_it_will_run(monkeypatch, tmp_path):
+    """Each is weighed on one core, and will run on all of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = nn.Sequential(*(nn.Conv2d(96, 96, 3, padding=1) for _ in range(4)))
+    for layer in model:
+        fade_(layer)
+    spec, x = spec_of({"latency": 0.9, "latency_from": "model"}, "svd"), torch.randn(1, 96, 24, 24)
+    warn_once.cache_clear()
+    with with_threads(2), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keep_machine(Machine(start=0.01, products=1e12), "cpu", torch.float32, error=0.1)
+        with pytest.raises(ValueError, match="latency"):  # two starts are longer than one
+            make_plan(model, spec, example_inputs=x)
+
+
 def test_a_chain_is_measured_at_the_shapes_of_its_calls(monkeypatch):
     monkeypatch.setattr("tncompress.latency.SECONDS", 1e-4)
     (layer,) = find_layers(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Identity()))

@@ -28,10 +28,14 @@ REPEATS, SECONDS = 3, 0.004
 
 
 class Clock:
-    """Seconds that layers and models take in a forward pass; each kind of chain is looked at once."""
+    """Seconds that layers and models take in a forward pass; each kind of chain is looked at once.
+
+    From the model they are those of as many threads as torch has where the clock is made: layers are weighed
+    in threads that have one core each.
+    """
 
     def __init__(self, source: Literal["measurement", "model"]) -> None:
-        self.source = source
+        self.source, self._threads = source, torch.get_num_threads()
         self._known: dict[Any, float] = {}
 
     def chain(self, layer: Layer, stages: Sequence[Stage], calls: Calls) -> float:
@@ -42,7 +46,7 @@ class Clock:
             key = geometry, tuple(stages), shape, weight.dtype, weight.device
             if key not in self._known:
                 self._known[key] = (
-                    modelled(geometry, stages, shape, _machine(weight))
+                    modelled(geometry, stages, shape, _machine(weight, self._threads))
                     if self.source == "model"
                     else measured(geometry, stages, shape, dtype=weight.dtype, device=weight.device)
                 )
@@ -63,9 +67,9 @@ class Clock:
         return max(layers, latencies([model], example_inputs, seconds=0.5)[0].median)
 
 
-def _machine(weight: torch.Tensor) -> Machine:
+def _machine(weight: torch.Tensor, threads: int) -> Machine:
     """Return the machine that was fitted to where ``weight`` is; without one, warn that another stands in."""
-    found = fitted_machine(weight.device, weight.dtype)
+    found = fitted_machine(weight.device, weight.dtype, threads)
     if found is None:
         warn_once(
             "latency_from 'model': no speeds were fitted to this machine, those of another stand in and may "

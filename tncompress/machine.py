@@ -129,8 +129,13 @@ def machine_for(device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
     return fitted_machine(device, dtype) or Machine()
 
 
-def fitted_machine(device: torch.device | str, dtype: torch.dtype) -> Machine | None:
-    """Return the machine that was fitted to this device, dtype and number of threads, if one was."""
+def fitted_machine(
+    device: torch.device | str, dtype: torch.dtype, threads: int | None = None
+) -> Machine | None:
+    """Return the machine that was fitted to this device, dtype and number of threads, if one was.
+
+    Without ``threads`` they are those of torch in the thread that asks.
+    """
     path = machines_file()
     try:
         state = path.stat()
@@ -141,7 +146,7 @@ def fitted_machine(device: torch.device | str, dtype: torch.dtype) -> Machine | 
     except (ValueError, OSError) as error:
         warn_once(f"{error}; the built-in cost model is used: fit it again by tncompress bench --calibrate")
         return None
-    found = known.get(_key(device, dtype))
+    found = known.get(_key(device, dtype, threads))
     return found.machine if found is not None else None
 
 
@@ -177,8 +182,8 @@ def read_machines(path: Path) -> dict[tuple[str, int, str], _Entry]:
     return read_value(path, "cost model", make)
 
 
-def _key(device: torch.device | str, dtype: torch.dtype) -> tuple[str, int, str]:
-    return _name(str(device)), torch.get_num_threads(), str(dtype).removeprefix("torch.")
+def _key(device: torch.device | str, dtype: torch.dtype, threads: int | None = None) -> tuple[str, int, str]:
+    return _name(str(device)), threads or torch.get_num_threads(), str(dtype).removeprefix("torch.")
 
 
 @lru_cache(maxsize=16)
