@@ -12,6 +12,7 @@ from torch import nn
 import tncompress as tnc
 from tncompress.data import load_data
 from tncompress.finetune import FinetuneConfig, parameter_groups, train_
+from tncompress.noise import has_bf16
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,15 @@ def test_a_processor_that_emulates_bf16_is_named(data, trained, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         tnc.finetune(trained[1], batch, {"epochs": 1, "mixed_precision": "no"})
+
+
+@pytest.mark.parametrize(
+    ("instructions", "theirs"), [("avx512_bf16", True), ("bf16", True), ("avx512_f", False)]
+)
+def test_a_processor_has_bf16_by_instructions_of_its_own(monkeypatch, instructions, theirs):
+    known = {"avx512_bf16": False, "bf16": False} | {instructions: True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert has_bf16() is theirs
 
 
 def test_each_epoch_leaves_a_line_where_there_is_no_terminal(data, trained, capsys):

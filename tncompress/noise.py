@@ -28,6 +28,9 @@ SPREAD, OTHERS, LOADED = 0.10, 0.20, 0.50
 """What is too noisy: quartiles so far apart, relative to the median; so many cores taken by others; where
 that is not known, such a load average."""
 
+CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""What torch calls the instructions of processors that multiply bfloat16, on x86 and on ARM."""
+
 PROC_STAT = Path("/proc/stat")
 
 
@@ -125,8 +128,12 @@ def has_bf16(device: torch.device | str = "cpu") -> bool:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return device.type != "cpu" or supported is None or bool(supported())
+    if device.type != "cpu":
+        return True
+    told = getattr(torch.cpu, "get_capabilities", None)  # oneDNN says yes to any AVX-512, and emulates it
+    if told is None:
+        return torch.cpu._is_avx512_bf16_supported()
+    return any(told().get(name, False) for name in CPU_BF16)
 
 
 def _own_seconds() -> float:
