@@ -227,6 +227,7 @@ class Bench:
                 "loss": epoch.loss,
                 "seconds": round(seconds, 2),
                 "params": conv_params(model) / self.conv,
+                "precision": self.options.precision,
             }
             if not self.is_done(**run.key, epoch=number):
                 self.write(100 * epoch.accuracy, **run.key, epoch=number, **told, **about)

@@ -37,7 +37,7 @@ measured); differences are taken seed by seed. A dash: not measured. Everything 
 python examples/accuracy_at_size.py train --weights examples/weights  # what is not there yet
 python examples/finetune_recovery.py measure --network cnn4           # --brief: what the goals are about
 python examples/finetune_recovery.py measure --network resnet20
-python examples/finetune_recovery.py steps --network resnet20
+python examples/finetune_recovery.py steps --network resnet20         # on an idle machine
 python examples/finetune_recovery.py steps --network resnet50 --batch 8 --rounds 6
 python examples/finetune_recovery.py page
 ```
@@ -52,7 +52,8 @@ class Rows:
 
     def __init__(self, rows: list[dict]) -> None:
         self.rows = [row for row in rows if "accuracy" in row]
-        self.steps = [row for row in rows if row.get("format") == "step"]
+        steps = [row for row in rows if row.get("format") == "step"]
+        self.steps = list({(row["network"], row["batch"], place_of(row)): row for row in steps}.values())
         self.found: dict[tuple, dict[int, float]] = defaultdict(dict)
         self.about: dict[tuple, dict] = {}
         for row in self.rows:
@@ -138,7 +139,7 @@ def faster(row: dict, way: str) -> tuple:
     ratio = row["macs"]["dense"] / row["macs"][way]
     best = {name: min(row[layout][name] for layout in LAYOUTS) for name in ("dense", way)}
     got = best["dense"] / best[way]
-    about = f"{way}, batch {row['batch']}, {words_of(row)}"
+    about = f"{way}, batch {row['batch']}, {place_of(row)}"
     aim = f"a training step faster by half of the MAC ratio ({about})"
     said = f"{got:.2f}x faster at {ratio:.2f}x fewer MACs"
     if got < ratio / 2:
@@ -149,9 +150,11 @@ def faster(row: dict, way: str) -> tuple:
     return row["network"], "", aim, said, verdict(got >= ratio / 2)
 
 
-def words_of(row: dict) -> str:
-    """Return the precision of a step."""
-    return {"no": "float32"}.get(row["precision"], row["precision"])
+def place_of(row: dict) -> str:
+    """Return the precision of a step, the processor or GPU, and how its environment was set."""
+    precision = {"no": "float32"}.get(row["precision"], row["precision"])
+    advised = {True: ["environment as advised"], False: ["default environment"]}
+    return ", ".join([precision, row["environment"]["device"], *advised.get(row.get("advised"), [])])
 
 
 def ahead(found: Rows, network: str, times: int, of: int) -> tuple:
@@ -277,7 +280,7 @@ def steps(found: Rows) -> str:
         for name, macs in row["macs"].items():
             times = [f"{1e3 * row[layout][name]:.1f}" for layout in LAYOUTS]
             sizes = [f"{row[what][name] / 2**20:.1f}" for what in ("peak bytes", "forward bytes")]
-            where = f"{row['network']}, batch {row['batch']}, {words_of(row)}"
+            where = f"{row['network']}, batch {row['batch']}, {place_of(row)}"
             share = f"{100 * row['convolutions'][name]:.0f} %"
             lines.append((where, name, f"{macs / 1e6:.1f}", *times, share, *sizes))
     last = ("ms, channels first", "ms, channels last", "in convolutions", "peak MiB in training")

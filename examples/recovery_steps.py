@@ -11,6 +11,7 @@ from torch import nn
 
 import tncompress as tnc
 from tncompress.measure import macs, peak_memory, peak_training_memory
+from tncompress.noise import ADVISED, settings
 from tncompress.report import environment
 from tncompress.running import copy_model
 from tncompress.timing import samples_in_turns
@@ -41,7 +42,7 @@ def steps(options: argparse.Namespace) -> None:
         tnc.checkpoint_activations_(again)
     row = {"network": network, "format": "step", "batch": batch, "precision": options.precision}
     row["on"] = x.device.type
-    row["environment"] = environment(device)
+    row["environment"], row["advised"] = environment(device), settings() == ADVISED
     row["macs"] = {name: macs(model, x[:1]) for name, model in models.items()}
     row["peak bytes"] = {name: peak_training_memory(model, x, y) for name, model in models.items()}
     row["forward bytes"] = {name: peak_memory(model, x) for name, model in models.items()}
