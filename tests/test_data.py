@@ -14,7 +14,7 @@ import torchvision.datasets
 from PIL import Image
 from torch.testing import assert_close
 
-from tncompress import data as data_module
+from tncompress import data_files
 from tncompress.data import load_data
 
 FASHION_COUNTS = {"train": 40, "t10k": 12}
@@ -40,7 +40,7 @@ def places(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise URLError("no route to host")
 
-    monkeypatch.setattr(data_module, "SYSTEM_FOLDER", tmp_path / "system")
+    monkeypatch.setattr(data_files, "SYSTEM_FOLDER", tmp_path / "system")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TNCOMPRESS_DATA", raising=False)
     for module in (torchvision.datasets.mnist, torchvision.datasets.cifar):
@@ -355,7 +355,7 @@ def test_a_download_lands_whole_in_the_cache_and_stdout_stays_clean(places, monk
     assert capsys.readouterr().out == ""
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(places / "cache"))
-    monkeypatch.setattr(data_module, "SYSTEM_FOLDER", places / "system")
+    monkeypatch.setattr(data_files, "SYSTEM_FOLDER", places / "system")
     assert len(load_data("fashion-mnist").train) == 40  # from the cache: the download works no more
     assert [path.name for path in (places / "cache" / "tncompress").iterdir()] == ["FashionMNIST"]
 
@@ -368,7 +368,7 @@ def test_of_two_processes_the_first_wins(places):
             place.mkdir(parents=True)
             (place / "file").write_text(word)
 
-    assert data_module._made_whole(folder, fill) == folder
+    assert data_files._made_whole(folder, fill) == folder
     assert (folder / "file").read_text() == "theirs"
     assert [path.name for path in folder.parent.iterdir()] == ["made"]
 
@@ -376,9 +376,7 @@ def test_of_two_processes_the_first_wins(places):
 def test_real_fashion_mnist(monkeypatch):
     monkeypatch.undo()
     try:
-        monkeypatch.setattr(
-            data_module, "_download", lambda *args: pytest.skip("no Fashion-MNIST files here")
-        )
+        monkeypatch.setattr(data_files, "_download", lambda *args: pytest.skip("no Fashion-MNIST files here"))
         data = load_data("fashion-mnist")
     finally:
         monkeypatch.undo()

@@ -20,7 +20,8 @@ import tncompress as tnc
 from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
 from tncompress.plan import Plan
-from tncompress.spec import RankPolicy, Settings
+from tncompress.policies import RankPolicy
+from tncompress.spec import Settings
 
 pytestmark = pytest.mark.usefixtures("quick_cp")
 

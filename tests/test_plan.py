@@ -13,8 +13,9 @@ import tncompress as tnc
 from tncompress.measure import macs, num_params
 from tncompress.plan import LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
+from tncompress.policies import Energy, FixedRank, ParamsRatio, RelError
 from tncompress.ranks import NoRanks
-from tncompress.spec import Energy, FixedRank, ParamsRatio, RelError, Settings
+from tncompress.spec import Settings
 from tncompress.threads import with_threads
 
 ALL = {"keep_dense": []}

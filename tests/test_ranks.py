@@ -8,8 +8,9 @@ from conftest import choose, every_format_and_shape, every_tree_and_shape
 
 from tncompress.cuts import effective_rank
 from tncompress.formats import CP, MPS, SVD, Tucker
+from tncompress.policies import EVBMF, Energy, Entropy, FixedRank, ParamsRatio, RankFraction, RelError
 from tncompress.ranks import NoRanks, RankPath
-from tncompress.spec import EVBMF, Energy, Entropy, FixedRank, ParamsRatio, RankFraction, RelError, Settings
+from tncompress.spec import Settings
 from tncompress.vbmf import evbmf_rank
 
 ERRORS = [RelError(0.3), RelError(0.05), Energy(0.9), Energy(0.999)]

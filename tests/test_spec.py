@@ -28,7 +28,8 @@ from tncompress import (
     Spec,
     Tucker,
 )
-from tncompress.spec import KEEP_DENSE, POLICIES, make_policy, matches_any
+from tncompress.policies import POLICIES, make_policy
+from tncompress.spec import KEEP_DENSE, matches_any
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # wrong types are met by errors of our own here
 

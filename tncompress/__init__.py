@@ -41,6 +41,7 @@ from tncompress.onnx_export import export_onnx, quantize_onnx
 from tncompress.packaged import export_aoti
 from tncompress.plan import BudgetReport, LayerPlan, Plan, Skip
 from tncompress.planner import make_plan
+from tncompress.policies import EVBMF, Energy, Entropy, FixedRank, ParamsRatio, RankFraction, RelError
 from tncompress.programs import export_program
 from tncompress.progressive import progressive
 from tncompress.repair import RepairReport, repair
@@ -50,19 +51,7 @@ from tncompress.retruncation import Retruncation, retruncate
 from tncompress.rounds import Progressive
 from tncompress.saved import SavedModel, read_saved
 from tncompress.sensitivity import quick_sensitivity, sensitivity
-from tncompress.spec import (
-    EVBMF,
-    Budget,
-    Energy,
-    Entropy,
-    FixedRank,
-    ParamsRatio,
-    RankFraction,
-    RelError,
-    Rule,
-    Settings,
-    Spec,
-)
+from tncompress.spec import Budget, Rule, Settings, Spec
 from tncompress.stripping import strip
 from tncompress.surgery import compress, merge
 from tncompress.sweep import sweep

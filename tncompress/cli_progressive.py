@@ -22,8 +22,9 @@ from tncompress.cli_train import (
 from tncompress.data import DataSet
 from tncompress.export import MANIFEST, read_manifest
 from tncompress.measure import evaluate as measure_accuracy
+from tncompress.policies import make_policy
 from tncompress.recovery_record import recorded_steps
-from tncompress.spec import make_policy, read_settings
+from tncompress.spec import read_settings
 from tncompress.storage import check_writable
 
 

@@ -20,9 +20,7 @@ from tncompress.discovery import Layer, find_layers, refuse_wrapped
 from tncompress.layers import TNConv
 from tncompress.nearby import no_match
 from tncompress.plan import Skip
-from tncompress.running import copy_model
-from tncompress.selection import check_weight, memory_for
-from tncompress.spec import (
+from tncompress.policies import (
     EVBMF,
     Energy,
     Entropy,
@@ -32,8 +30,10 @@ from tncompress.spec import (
     RankPolicy,
     RelError,
     make_policy,
-    matches_any,
 )
+from tncompress.running import copy_model
+from tncompress.selection import check_weight, memory_for
+from tncompress.spec import matches_any
 from tncompress.storage import new_file
 from tncompress.tables import render, watched
 from tncompress.unfolded import Unfolded, alternating

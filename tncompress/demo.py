@@ -17,9 +17,10 @@ from tncompress.finetune import Epoch, FinetuneConfig, History, finetune, train_
 from tncompress.measure import Latency, evaluate, latencies, macs, num_params, recovery
 from tncompress.onnx_export import export_onnx
 from tncompress.planner import make_plan
+from tncompress.policies import ParamsRatio
 from tncompress.repair import repair
 from tncompress.report import environment, milliseconds, report
-from tncompress.spec import ParamsRatio, Settings, Spec
+from tncompress.spec import Settings, Spec
 from tncompress.storage import new_directory
 from tncompress.surgery import compress
 from tncompress.tables import count, markdown_table, percent, ratio

@@ -23,13 +23,14 @@ from tncompress.layers import TNConv
 from tncompress.measure import device_of, evaluate
 from tncompress.plan import Plan
 from tncompress.planner import make_plan
+from tncompress.policies import FixedRank
 from tncompress.recipe import KEEPING, FinetuneConfig
 from tncompress.repair import repair
 from tncompress.retruncation import retruncate
 from tncompress.rounds import Progressive, Round
 from tncompress.running import copy_model
 from tncompress.sensitivity import quick_sensitivity
-from tncompress.spec import FixedRank, Rule, Spec
+from tncompress.spec import Rule, Spec
 from tncompress.surgery import compress
 from tncompress.swap import adopt, replace_module_
 from tncompress.sweep_points import exactly

@@ -27,7 +27,7 @@ from tncompress.cuts import Cut, effective_rank, legs_of, spectrum
 from tncompress.formats import Fit, Format
 from tncompress.linalg import tail_energies
 from tncompress.metric import Metric
-from tncompress.spec import (
+from tncompress.policies import (
     EVBMF,
     Energy,
     Entropy,
@@ -36,8 +36,8 @@ from tncompress.spec import (
     RankFraction,
     RankPolicy,
     RelError,
-    Settings,
 )
+from tncompress.spec import Settings
 from tncompress.vbmf import evbmf_rank
 from tncompress.weighted import WeightedKernels, fit_in_metric, whiten
 

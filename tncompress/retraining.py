@@ -21,8 +21,9 @@ from tncompress.finetune import FinetuneConfig, train_
 from tncompress.formats import MPS, SVD, Format, Tucker
 from tncompress.formats.chain import ChainFormat
 from tncompress.outputs import bytes_of
+from tncompress.policies import FixedRank
 from tncompress.running import copy_model
-from tncompress.spec import FixedRank, Rule, Settings, Spec
+from tncompress.spec import Rule, Settings, Spec
 from tncompress.surgery import compress
 from tncompress.sweep_points import exactly, partition
 

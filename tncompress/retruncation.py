@@ -17,10 +17,11 @@ from tncompress.formats.base import Ranks, Shape, Stage
 from tncompress.gauge import squared_norm, tree_of
 from tncompress.layers import TNConv
 from tncompress.plan import LayerPlan
+from tncompress.policies import RankPolicy, make_policy
 from tncompress.ranks import NoRanks, choose
 from tncompress.running import copy_model
 from tncompress.selection import memory_for
-from tncompress.spec import RankPolicy, Settings, make_policy, matches_any
+from tncompress.spec import Settings, matches_any
 from tncompress.swap import adopt, replace_all_
 from tncompress.tables import count, render, watched
 

@@ -19,11 +19,12 @@ from tncompress.discovery import Layer, digest_of, digest_of_model, find_layers,
 from tncompress.formats import SVD, Format, all_contenders, make_format
 from tncompress.measure import device_of, macs
 from tncompress.outputs import DenseOutputs, Images
+from tncompress.policies import ParamsRatio
 from tncompress.responses import Row, Sensitivity, Unmeasured
 from tncompress.rowcache import RowCache
 from tncompress.running import copy_model, runs_channels_last
 from tncompress.selection import kept_dense
-from tncompress.spec import KEEP_DENSE, ParamsRatio, Settings, Spec
+from tncompress.spec import KEEP_DENSE, Settings, Spec
 from tncompress.swap import replace_all_
 from tncompress.tables import progress_bar
 from tncompress.truncation import Subject, Truncate, chosen, drafted, projected, ratio_of, stands_apart

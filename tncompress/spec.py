@@ -1,19 +1,16 @@
 """What the user asks for: which layers, in which format, at which ranks.
 
-A :class:`Spec` is a frozen value that round-trips through JSON, YAML and TOML. A rank is always a tagged
-policy, never a bare number: ``Energy(0.95)`` in Python, ``{energy: 0.95}`` in a file.
+A :class:`Spec` is a frozen value that round-trips through JSON, YAML and TOML.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -30,180 +27,13 @@ from pydantic import (
 
 from tncompress.formats import MPS, Format, all_contenders, make_format
 from tncompress.nearby import did_you_mean
+from tncompress.policies import ParamsRatio, PolicyField
 from tncompress.storage import new_file
 from tncompress.textfiles import one_line, read_settings
 
 KEEP_DENSE = ("stem", "classifier")
 AUTO = "auto"
 """In place of a format: all of them compete for each layer, under a budget."""
-
-
-class RankPolicy:
-    """How the ranks of a layer are chosen; the subclasses are the policies."""
-
-    tag: ClassVar[str]
-
-    def to_value(self) -> Any:
-        """Return the number or numbers behind the tag."""
-        (field,) = fields(self)  # type: ignore[arg-type]
-        value = getattr(self, field.name)
-        return list(value) if isinstance(value, tuple) else value
-
-
-@dataclass(frozen=True)
-class FixedRank(RankPolicy):
-    """These ranks, one for each bond of the format; a single number is every bond's, or what it can have.
-
-    Numbers below 1 and bare booleans are a ``ValueError``, as are, when a plan is made, ranks given one by
-    one that a kernel can't have.
-    """
-
-    ranks: int | Sequence[int]
-    tag: ClassVar[str] = "fixed"
-
-    def __post_init__(self) -> None:
-        values = self.ranks if isinstance(self.ranks, list | tuple) else [self.ranks]
-        if not values or any(not isinstance(r, int) or isinstance(r, bool) or r < 1 for r in values):
-            raise ValueError(f"fixed ranks are whole numbers from 1 on, got {self.ranks!r}")
-        if isinstance(self.ranks, list):
-            object.__setattr__(self, "ranks", tuple(self.ranks))
-
-
-@dataclass(frozen=True)
-class RankFraction(RankPolicy):
-    """At each bond this part (above 0, at most 1) of the largest rank that it can have, rounded up."""
-
-    fraction: int | float
-    tag: ClassVar[str] = "rank_fraction"
-
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.fraction)
-
-    def of(self, full: int) -> int:
-        """Return the rank of a bond whose largest is ``full``.
-
-        >>> RankFraction(0.3).of(9), RankFraction(0.07).of(100), RankFraction(0.01).of(3)
-        (3, 7, 1)
-        """
-        return max(1, math.ceil(self.fraction * full - 1e-9))
-
-
-@dataclass(frozen=True)
-class ParamsRatio(RankPolicy):
-    """The smallest error with at most ``ratio`` (above 0, at most 1) times the parameters of the kernel.
-
-    Parameters are those of the layer's kernel and factors, without the bias. Error is that of the layer's
-    output where there is a calibration, else the relative Frobenius error of the kernel.
-    """
-
-    ratio: float
-    tag: ClassVar[str] = "params_ratio"
-
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.ratio)
-
-
-@dataclass(frozen=True)
-class Energy(RankPolicy):
-    """The fewest parameters that keep ``kept`` of the kernel's squared norm: rel_error**2 <= 1 - kept.
-
-    With a calibration the norm is that of the layer's output.
-
-    >>> Spec.parse({"default": {"format": "cp", "rank": {"energy": 0.99}}}).default.rank
-    Energy(kept=0.99)
-    """
-
-    kept: float
-    tag: ClassVar[str] = "energy"
-
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.kept)
-
-
-@dataclass(frozen=True)
-class RelError(RankPolicy):
-    """The fewest parameters with a relative Frobenius error of the kernel of at most ``error``.
-
-    It is kept for certain: with several bonds the root of the sum of what they discard stands for the
-    error, which is at most that. With a calibration the error is that of the layer's output, and is measured.
-    """
-
-    error: float
-    tag: ClassVar[str] = "rel_error"
-
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.error)
-
-
-@dataclass(frozen=True)
-class Entropy(RankPolicy):
-    """At each bond ``factor`` times exp(S), rounded up, with S the correlation entropy across it.
-
-    exp(S) is the number of equal singular values that would be as mixed (the effective rank). CP, whose one
-    bond lies on every cut, takes the largest of the kernel's legs.
-    """
-
-    factor: int | float = 1.0
-    tag: ClassVar[str] = "entropy"
-
-    def __post_init__(self) -> None:
-        wanted = not isinstance(self.factor, bool) and isinstance(self.factor, int | float)
-        if not wanted or not 0 < self.factor < math.inf:
-            raise ValueError(f"entropy is a factor above 0, got {self.factor!r}")
-
-
-@dataclass(frozen=True)
-class EVBMF(RankPolicy):
-    """At each bond the rank that empirical variational Bayes tells from noise, blended with the full one.
-
-    The rank is ``share`` of the estimate (Nakajima et al. 2013) and 1 - ``share`` of the full rank, rounded
-    up. The estimate alone, ``share=1``, can fall to nothing on a kernel that looks like noise: ``min_rank``
-    holds it. CP takes the largest of the kernel's legs.
-    """
-
-    share: int | float = 1.0
-    tag: ClassVar[str] = "evbmf"
-
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.share)
-
-
-POLICIES: dict[str, type[RankPolicy]] = {
-    policy.tag: policy for policy in (FixedRank, RankFraction, ParamsRatio, Energy, RelError, Entropy, EVBMF)
-}
-
-
-def _check_fraction(policy: RankPolicy, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError(f"{policy.tag} is a number above 0 and at most 1, got {value!r}")
-
-
-def make_policy(value: Any) -> RankPolicy:
-    """Return the policy that ``value`` stands for: a policy, or a mapping with one tag.
-
-    >>> make_policy({"energy": 0.95})
-    Energy(kept=0.95)
-    """
-    if isinstance(value, RankPolicy):
-        return value
-    if not isinstance(value, Mapping) or len(value) != 1:
-        raise ValueError(f"a rank is one tagged policy, such as {_tagged(value)}, got {value!r}; {_tags()}")
-    ((tag, number),) = value.items()
-    if tag not in POLICIES:
-        raise ValueError(f"unknown rank policy {tag!r}; {_tags()}{did_you_mean(tag, POLICIES)}")
-    return POLICIES[tag](number)  # type: ignore[call-arg]
-
-
-def _tagged(value: Any) -> str:
-    """Return the policy that a bare number was probably meant for."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        return "{energy: 0.95}"
-    whole = isinstance(value, int) or value > 1
-    return f"{{fixed: {math.ceil(value)}}}" if whole else f"{{params_ratio: {value}}}"
-
-
-def _tags() -> str:
-    return f"the tags are {', '.join(POLICIES)}"
 
 
 def _one_line(format: Format | str) -> str | dict[str, Any]:
@@ -218,11 +48,6 @@ FormatOrAuto = Annotated[
     InstanceOf[Format] | Literal["auto"],
     BeforeValidator(lambda value: value if isinstance(value, str) and value == AUTO else make_format(value)),
     PlainSerializer(_one_line),
-]
-PolicyField = Annotated[
-    InstanceOf[RankPolicy],
-    BeforeValidator(make_policy),
-    PlainSerializer(lambda policy: {policy.tag: policy.to_value()}),
 ]
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from tncompress.cuts import Cut, all_cuts
 from tncompress.cutting import TruncatedLayer
 from tncompress.discovery import Layer, find_layers
-from tncompress.spec import RankFraction, RankPolicy, make_policy, matches_any
+from tncompress.policies import RankFraction, RankPolicy, make_policy
+from tncompress.spec import matches_any
 
 FRACTIONS = 0.75, 0.5, 0.35, 0.25, 0.125, 0.0625
 """Of the full rank; where a sweep is not told how far to go."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tncompress.cutting import TruncatedLayer
+from tncompress.policies import PolicyField
 from tncompress.retraining import Training
-from tncompress.spec import PolicyField, explain
+from tncompress.spec import explain
 from tncompress.storage import new_file
 from tncompress.sweep_points import LeftOut, amount_text, content
 from tncompress.tables import markdown_table, percent, render

@@ -15,9 +15,10 @@ from tncompress.discovery import Layer, digest_of
 from tncompress.formats import SVD, Fit, Format
 from tncompress.layers import TNConv
 from tncompress.metric import Metric
+from tncompress.policies import ParamsRatio
 from tncompress.ranks import NoRanks, RankPath, choose
 from tncompress.selection import check_weight, describe, memory_for
-from tncompress.spec import ParamsRatio, Settings
+from tncompress.spec import Settings
 from tncompress.swap import adopt
 
 
