@@ -45,6 +45,7 @@ MEASUREMENTS = (  # which write the pages of numbers, with what belongs to them
     "landing_picture.py",
     "paper/*",
     "recovery_page.py",
+    "recovery_runs.py",
     "recovery_steps.py",
     "zoo_table.py",
 )
