@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from tncompress.storage import cache_folder
+
 SYSTEM_FOLDER = Path("/usr/share/datasets")  # where Debian's dataset-* packages put theirs
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 
@@ -74,7 +76,7 @@ def _fashion_root(folder: Path, names: list[str]) -> Path | None:
 
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]
-    return _made_whole(_cache() / f"fashion-mnist-{digest}", unpack)
+    return _made_whole(cache_folder() / f"fashion-mnist-{digest}", unpack)
 
 
 def cifar(name: str, places: list[Path]) -> tuple[Split, Split]:
@@ -91,13 +93,9 @@ def cifar(name: str, places: list[Path]) -> tuple[Split, Split]:
     return _read(reader, cache, cache)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tncompress"
-
-
 def folders(data_dir: str | Path | None) -> list[Path]:
     """Return where the files of data sets are looked for, in this order."""
-    named = (data_dir, os.environ.get("TNCOMPRESS_DATA"), SYSTEM_FOLDER, _cache())
+    named = (data_dir, os.environ.get("TNCOMPRESS_DATA"), SYSTEM_FOLDER, cache_folder())
     return [Path(place).expanduser() for place in named if place]
 
 
@@ -132,7 +130,7 @@ def _download(reader: Any, folder: str, places: list[Path], hint: str) -> Path:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        return _made_whole(_cache() / folder, fetch).parent
+        return _made_whole(cache_folder() / folder, fetch).parent
     except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
         raise FileNotFoundError(
             f"no {reader.__name__} files in {', '.join(map(str, places))}, and their download failed "

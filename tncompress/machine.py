@@ -9,7 +9,6 @@ float32 stand in, with which the model came within a tenth of the best of 110 wa
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tncompress.noise import device_name
 from tncompress.spec import explain
-from tncompress.storage import new_file
+from tncompress.storage import cache_folder, new_file
 from tncompress.textfiles import read_value
 
 VERSION = 1
@@ -117,8 +116,7 @@ class _File(BaseModel):
 
 def machines_file() -> Path:
     """Return where fitted machines are kept: ``machines.json`` in the user's folder of caches."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "tncompress" / "machines.json"
+    return cache_folder() / "machines.json"
 
 
 def machine_for(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:

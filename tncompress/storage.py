@@ -27,6 +27,11 @@ _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 _NEW, _OLD = "new", "old"
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be had again: downloads, and what was measured of the machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tncompress"
+
+
 @contextmanager
 def new_directory(path: str | Path, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """Yield a fresh folder that takes the place of ``path`` when the block ends without an error.
