@@ -1,8 +1,9 @@
 """The page docs/recovery.md, from the rows that finetune_recovery.py measured and from nothing else."""
 
-import math
 import statistics
 from collections import defaultdict
+
+from scipy.stats import ttest_1samp
 
 from tncompress.tables import markdown_table
 
@@ -233,12 +234,12 @@ def recipes(found: Rows, network: str) -> str:
 
 
 def said(over: list[float]) -> str:
-    """Return whether a difference is more than the seeds alone would give: over two standard errors."""
-    if len(over) < 2:
-        return "one seed"
-    error = statistics.stdev(over) / math.sqrt(len(over))
-    mean = statistics.mean(over)
-    return "no difference seen" if abs(mean) <= 2 * error else "helps" if mean > 0 else "harms"
+    """Return whether a difference is more than the seeds alone would give, by Student's t at 5 %."""
+    if len(over) < 3:
+        return "too few seeds to tell"
+    if ttest_1samp(over, 0.0).pvalue >= 0.05:
+        return "no difference seen"
+    return "helps" if statistics.mean(over) > 0 else "harms"
 
 
 def equal_time(found: Rows, network: str) -> str:

@@ -248,8 +248,16 @@ def test_the_page_sets_goals_beside_what_was_measured():
     assert f"| cnn4 | 4x | {aim} | 0.05 ± 0.00 (92.45 ± 0.71 beside 92.50 ± 0.71) | met |" in page
     assert "| +0.00 (tltorch CP); seeds: 2 |" in page
     assert "**not met**" in page
-    assert "| balanced | 4x, mixed, 3 epochs | 92.85 ± 0.92 | 92.45 ± 0.71 | 0.40 ± 0.21 | helps |" in page
+    balanced = "| balanced | 4x, mixed, 3 epochs | 92.85 ± 0.92 | 92.45 ± 0.71 | 0.40 ± 0.21 |"
+    assert f"{balanced} too few seeds to tell |" in page
     assert "| cnn4 | 16x | after 5 epochs at most 1.0 below the dense control | – | – |" in page
+
+
+def test_a_setting_helps_where_the_seeds_leave_no_doubt():
+    assert recovery_page.said([0.06, 0.07]) == "too few seeds to tell"
+    assert recovery_page.said([0.06, 0.07, 0.05]) == "helps"
+    assert recovery_page.said([-0.06, -0.07, -0.05]) == "harms"
+    assert recovery_page.said([0.06, 0.2, -0.01]) == "no difference seen"
 
 
 def test_the_page_says_whether_a_step_is_fast_enough():
