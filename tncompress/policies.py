@@ -27,6 +27,15 @@ class RankPolicy:
         return list(value) if isinstance(value, tuple) else value
 
 
+class _Fraction(RankPolicy):
+    """A policy with one number, above 0 and at most 1."""
+
+    def __post_init__(self) -> None:
+        value = self.to_value()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ValueError(f"{self.tag} is a number above 0 and at most 1, got {value!r}")
+
+
 @dataclass(frozen=True)
 class FixedRank(RankPolicy):
     """These ranks, one for each bond of the format; a single number is every bond's, or what it can have.
@@ -47,14 +56,11 @@ class FixedRank(RankPolicy):
 
 
 @dataclass(frozen=True)
-class RankFraction(RankPolicy):
+class RankFraction(_Fraction):
     """At each bond this part (above 0, at most 1) of the largest rank that it can have, rounded up."""
 
     fraction: int | float
     tag: ClassVar[str] = "rank_fraction"
-
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.fraction)
 
     def of(self, full: int) -> int:
         """Return the rank of a bond whose largest is ``full``.
@@ -66,7 +72,7 @@ class RankFraction(RankPolicy):
 
 
 @dataclass(frozen=True)
-class ParamsRatio(RankPolicy):
+class ParamsRatio(_Fraction):
     """The smallest error with at most ``ratio`` (above 0, at most 1) times the parameters of the kernel.
 
     Parameters are those of the layer's kernel and factors, without the bias. Error is that of the layer's
@@ -76,12 +82,9 @@ class ParamsRatio(RankPolicy):
     ratio: float
     tag: ClassVar[str] = "params_ratio"
 
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.ratio)
-
 
 @dataclass(frozen=True)
-class Energy(RankPolicy):
+class Energy(_Fraction):
     """The fewest parameters that keep ``kept`` of the kernel's squared norm: rel_error**2 <= 1 - kept.
 
     With a calibration the norm is that of the layer's output.
@@ -93,12 +96,9 @@ class Energy(RankPolicy):
     kept: float
     tag: ClassVar[str] = "energy"
 
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.kept)
-
 
 @dataclass(frozen=True)
-class RelError(RankPolicy):
+class RelError(_Fraction):
     """The fewest parameters with a relative Frobenius error of the kernel of at most ``error``.
 
     It is kept for certain: with several bonds the root of the sum of what they discard stands for the
@@ -107,9 +107,6 @@ class RelError(RankPolicy):
 
     error: float
     tag: ClassVar[str] = "rel_error"
-
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.error)
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ class Entropy(RankPolicy):
 
 
 @dataclass(frozen=True)
-class EVBMF(RankPolicy):
+class EVBMF(_Fraction):
     """At each bond the rank that empirical variational Bayes tells from noise, blended with the full one.
 
     The rank is ``share`` of the estimate (Nakajima et al. 2013) and 1 - ``share`` of the full rank, rounded
@@ -141,18 +138,10 @@ class EVBMF(RankPolicy):
     share: int | float = 1.0
     tag: ClassVar[str] = "evbmf"
 
-    def __post_init__(self) -> None:
-        _check_fraction(self, self.share)
-
 
 POLICIES: dict[str, type[RankPolicy]] = {
     policy.tag: policy for policy in (FixedRank, RankFraction, ParamsRatio, Energy, RelError, Entropy, EVBMF)
 }
-
-
-def _check_fraction(policy: RankPolicy, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError(f"{policy.tag} is a number above 0 and at most 1, got {value!r}")
 
 
 def make_policy(value: Any) -> RankPolicy:
