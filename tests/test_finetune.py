@@ -186,6 +186,15 @@ def test_a_processor_has_bf16_by_instructions_of_its_own(monkeypatch, instructio
     assert has_bf16() is theirs
 
 
+@pytest.mark.parametrize("told", [None, True, False])
+def test_an_older_torch_is_asked_in_its_own_way(monkeypatch, told):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.delattr(torch._C._cpu, "_is_avx512_bf16_supported", raising=False)
+    if told is not None:
+        monkeypatch.setattr(torch._C._cpu, "_is_avx512_bf16_supported", lambda: told, raising=False)
+    assert has_bf16() is bool(told)
+
+
 def test_each_epoch_leaves_a_line_where_there_is_no_terminal(data, trained, capsys):
     options = {"val_loader": data.test_loader(), "teacher": trained[0]}
     config = {"epochs": 2, "local_epochs": 1}

@@ -131,9 +131,10 @@ def has_bf16(device: torch.device | str = "cpu") -> bool:
     if device.type != "cpu":
         return True
     told = getattr(torch.cpu, "get_capabilities", None)  # oneDNN says yes to any AVX-512, and emulates it
-    if told is None:
-        return torch.cpu._is_avx512_bf16_supported()
-    return any(told().get(name, False) for name in CPU_BF16)
+    if told is not None:
+        return any(told().get(name, False) for name in CPU_BF16)
+    older = getattr(torch._C._cpu, "_is_avx512_bf16_supported", None)  # torch before 2.11
+    return older is not None and bool(older())
 
 
 def _own_seconds() -> float:
