@@ -165,6 +165,7 @@ class Spec(BaseModel):
     A ``budget`` takes the place of the default's rank policy: ranks are chosen for all layers together. A
     layer whose rule sets a ``rank`` keeps to that; what it takes counts.
 
+    >>> from tncompress import Energy
     >>> spec = Spec(default=Settings(format="tucker", rank=Energy(0.9)))
     >>> Spec.parse(spec.to_dict()) == spec
     True
