@@ -31,6 +31,9 @@ that is not known, such a load average."""
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """What torch calls the instructions of processors that multiply bfloat16, on x86 and on ARM."""
 
+VECTORS = {"AVX512": "AVX-512"}
+"""How torch's names of vector instructions are written, where not as they are."""
+
 PROC_STAT = Path("/proc/stat")
 
 
@@ -110,12 +113,22 @@ def _matters(name: str, threads: int) -> bool:
 
 
 def device_name(device: torch.device | str = "cpu") -> str:
-    """Return the name of the processor or GPU that computes."""
+    """Return the name of the processor or GPU that computes; a processor's with what it computes with.
+
+    Virtual machines name generations alike that differ by a factor of two or more: the vector instructions
+    that torch uses, and whether there are any for bfloat16, tell them apart.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     if device.type != "cpu":
         return str(device.type)
+    vectors = torch.backends.cpu.get_cpu_capability()
+    words = [VECTORS.get(vectors, vectors), *(["bfloat16"] if has_bf16() else [])]
+    return f"{_processor()} ({', '.join(words)})"
+
+
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
