@@ -512,19 +512,20 @@ def test_torchvision_models_are_frozen(name, untimed):
         assert frozen.rel_error < 1e-5
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_weights_are_packed_where_that_is_faster_and_each_kind_is_measured_once(packed, monkeypatch):
+@pytest.mark.parametrize("best", ["plain", "packed", "product"])
+def test_convolutions_run_in_their_fastest_way_and_each_kind_is_measured_once(best, monkeypatch):
     measured = []
 
     def in_turns(runs, **_):
+        ways = [run.func.__self__.way for run in runs]
         measured.append([run() for run in runs])
-        return [0.0, 1.0] if packed else [1.0, 0.0]
+        return [float(way != best) for way in ways]
 
     layers = [nn.Conv2d(6, 6, 3, padding=1) for _ in range(2)]
     frozen = tnc.freeze(nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(6, 2, 1)).eval(), torch.randn(2, 6, 7, 7))
     convolutions = [m for m in frozen.modules() if isinstance(m, FrozenConv)]
     for convolution in convolutions:
-        convolution.pack = True
+        convolution.way = convolution.ways[-1]
     monkeypatch.setattr(cost_model, "in_turns", in_turns)
     x, known = torch.randn(2, 6, 7, 7), {}
     with torch.inference_mode():
@@ -532,7 +533,9 @@ def test_weights_are_packed_where_that_is_faster_and_each_kind_is_measured_once(
         for _ in range(2):
             cost_model.choose_packing_(frozen, lambda: frozen(x), known)
         assert_close(frozen(x), wanted)
-    assert [convolution.pack for convolution in convolutions] == [packed] * 3
+    assert convolutions[-1].way == best  # of 1x1
+    assert {each.way for each in convolutions[:2]} == {"plain" if best == "product" else best}
     assert len(measured) == len(known) == 3  # with the ReLU is another kind
-    for one, other in measured:
-        assert_close(one, other)
+    for one, *others in measured:
+        for other in others:
+            assert_close(one, other)

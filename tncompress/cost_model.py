@@ -17,7 +17,7 @@ from tncompress.geometry import ConvGeometry
 from tncompress.latency import modelled
 from tncompress.layers import TNConv
 from tncompress.machine import machine_for
-from tncompress.prepacked import FrozenChain, FrozenConv, own_weights
+from tncompress.prepacked import FrozenChain, FrozenConv, Way, own_weights
 from tncompress.running import input_shapes
 from tncompress.strategies import Contraction, all_contractions, merged_stages, merged_weights
 from tncompress.timing import samples_in_turns
@@ -67,18 +67,19 @@ def measured_contraction(layer: TNConv, calls: Calls) -> Contraction:
     return ways[seconds.index(min(seconds))]
 
 
-Packing = dict[Any, bool]
-"""For a kind of convolution and of input, whether it is faster with its weight packed for the backend."""
+Packing = dict[Any, Way]
+"""For a kind of convolution and of input, the way in which it is the fastest."""
 
 
 def choose_packing_(model: nn.Module, run: Callable[[], Any], known: Packing | None = None) -> None:
-    """Pack the weights of those convolutions of ``model`` only that are faster for it, as ``run`` calls them.
+    """Make each frozen convolution of ``model`` run in its fastest way, as ``run`` calls them.
 
     The backend's own call takes some 25 us longer to begin than torch's, which small convolutions do not win
-    back. Each kind is measured once, and ``known`` remembers it.
+    back; a product of matrices begins sooner than a convolution. Each kind is measured once, and ``known``
+    remembers it.
     """
     known = {} if known is None else known
-    convolutions = [m for m in model.modules() if isinstance(m, FrozenConv) and m.pack]
+    convolutions = [m for m in model.modules() if isinstance(m, FrozenConv) and len(m.ways) > 1]
     seen: dict[FrozenConv, tuple[tuple[int, ...], torch.dtype, bool]] = {}
 
     def listen(convolution: FrozenConv) -> Callable[..., Tensor]:
@@ -99,20 +100,20 @@ def choose_packing_(model: nn.Module, run: Callable[[], Any], known: Packing | N
     for convolution, (shape, dtype, added) in seen.items():
         key = tuple(convolution.weight.shape), convolution.call, convolution.activation, shape, dtype, added
         if key not in known:
-            known[key] = _faster_packed(convolution, shape, dtype, added=added)
-        convolution.pack = known[key]
+            known[key] = _fastest_way(convolution, shape, dtype, added=added)
+        convolution.way = known[key]
 
 
-def _faster_packed(
-    convolution: FrozenConv, shape: tuple[int, ...], dtype: torch.dtype, *, added: bool
-) -> bool:
+def _fastest_way(convolution: FrozenConv, shape: tuple[int, ...], dtype: torch.dtype, *, added: bool) -> Way:
     x = _channels_last(torch.randn(shape, dtype=dtype))
-    variants = [copy.copy(convolution) for _ in range(2)]
-    variants[1].pack = False
+    ways = [way for way in convolution.ways if not (added and way == "product")]
+    variants = [copy.copy(convolution) for _ in ways]
+    for variant, way in zip(variants, ways, strict=True):
+        variant.way = way
     with torch.inference_mode():
         other = torch.randn_like(convolution.run(x, None, True)) if added else None
-        packed, plain = in_turns([partial(each.run, x, other, True) for each in variants])
-    return packed <= plain
+        seconds = in_turns([partial(each.run, x, other, True) for each in variants])
+    return ways[seconds.index(min(seconds))]
 
 
 def fastest_chain(

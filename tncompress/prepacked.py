@@ -8,7 +8,7 @@ run through torch's convolution.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,15 @@ ACTIVATIONS: dict[str, tuple[Any, str, tuple[float, ...]]] = {
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
+Way = Literal["plain", "packed", "product"]
+"""How a convolution runs: torch's, oneDNN's with a packed weight, or as oneDNN's product of matrices."""
+
 
 class FrozenConv(nn.Module):
     """One convolution with a fixed weight, of a layer's chain; ``activation`` comes after it.
 
     The weight has the shape (out, in / groups, ...) also where the convolution is a transposed one.
-    A second input of the output's shape is added before the activation.
+    A second input of the output's shape is added before the activation. ``way`` is one of :attr:`ways`.
     """
 
     weight: Tensor
@@ -57,8 +60,18 @@ class FrozenConv(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.call, self.activation = call, activation
-        self.pack = pack and len(call.stride) == 2 and call.output_padding is None
-        self._packed: tuple[Tensor, int, Tensor] | None = None
+        self.ways = self._possible() if pack else ("plain",)
+        self.way: Way = self.ways[-1]
+        self._packed: _Packed | None = None
+
+    def _possible(self) -> tuple[Way, ...]:
+        call = self.call
+        if len(call.stride) != 2 or call.output_padding is not None:
+            return ("plain",)
+        alone = call.groups == 1 and self.weight.shape[2:] == (1, 1) and not call.pad
+        if alone and set(call.stride) == {1} and set(call.padding) == {0}:
+            return "plain", "product", "packed"
+        return "plain", "packed"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": None}  # oneDNN's tensors can't be written, and are quickly made
@@ -69,13 +82,16 @@ class FrozenConv(nn.Module):
 
     def run(self, x: Tensor, other: Tensor | None, may: bool) -> Tensor:
         """Return :meth:`forward`'s output; ``may`` says whether oneDNN may see ``x`` as it is."""
-        if may and self.pack and (other is None or self.fits(x, other)):
+        if may and self.way != "plain" and self._takes(x, other):
             packed = self._packed_weight(x)
             if packed is not None:
                 return self._run_packed(x, packed, other)
         x = self.call(x, self.weight, self.bias)
         x = x if other is None else x + other
         return x if self.activation is None else ACTIVATIONS[self.activation][0](x)
+
+    def _takes(self, x: Tensor, other: Tensor | None) -> bool:
+        return other is None or (self.way == "packed" and self.fits(x, other))
 
     def fits(self, x: Tensor, other: Tensor) -> bool:
         """Say whether ``other`` surely has the output's shape and dtype: oneDNN does not broadcast."""
@@ -92,17 +108,24 @@ class FrozenConv(nn.Module):
         weight, call, kept = self.weight, self.call, self._packed
         if weight.dtype != x.dtype or weight.device.type != "cpu":
             return None
-        if kept is not None and kept[0] is weight and kept[1] == _version(weight):
-            return kept[2]
+        if kept is not None and kept.is_of(weight, self.way):
+            return kept.packed
         try:
             with torch.inference_mode(False), torch.no_grad():
-                packed = torch.ops.mkldnn._reorder_convolution_weight(
-                    weight, call.padding, call.stride, call.dilation, call.groups, list(x.shape)
-                )
+                if self.way == "product":
+                    pixels = x.numel() // x.shape[1]
+                    packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), pixels)
+                else:
+                    packed = torch.ops.mkldnn._reorder_convolution_weight(
+                        weight, call.padding, call.stride, call.dilation, call.groups, list(x.shape)
+                    )
         except (RuntimeError, AttributeError):
-            self.pack = False  # this build of torch, or this processor, has no such thing
+            self.way, self.ways = (
+                "plain",
+                ("plain",),
+            )  # this build of torch, or this processor, has no such thing
             return None
-        self._packed = weight, _version(weight), packed
+        self._packed = _Packed(weight, _version(weight), self.way, packed)
         return packed
 
     def _run_packed(self, x: Tensor, packed: Tensor, other: Tensor | None) -> Tensor:
@@ -110,6 +133,10 @@ class FrozenConv(nn.Module):
         if call.pad:
             x = F.pad(x, call.pad, mode=call.pad_mode)
         _, name, numbers = ACTIVATIONS[self.activation] if self.activation else (None, "none", ())
+        if self.way == "product":
+            rows = x.permute(0, 2, 3, 1)
+            rows = torch.ops.mkldnn._linear_pointwise.default(rows, packed, bias, name, numbers, "")
+            return rows.permute(0, 3, 1, 2)
         run = torch.ops.mkldnn._convolution_pointwise
         where = (call.padding, call.stride, call.dilation, call.groups)
         if other is None:
@@ -122,6 +149,18 @@ class FrozenConv(nn.Module):
         made = f"weight={'x'.join(map(str, self.weight.shape))}, stride={self.call.stride}"
         made += f", groups={self.call.groups}" if self.call.groups > 1 else ""
         return made + (f", {self.activation}" if self.activation else "")
+
+
+class _Packed(NamedTuple):
+    """A weight in the backend's order, and what it was made from."""
+
+    weight: Tensor
+    version: int
+    way: Way
+    packed: Tensor
+
+    def is_of(self, weight: Tensor, way: Way) -> bool:
+        return self.weight is weight and self.version == _version(weight) and self.way == way
 
 
 def may_pack(x: Tensor) -> bool:
