@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tncompress.products import product
+
 GRAM_FLOOR = 1e-10
 """Smallest eigenvalue of a Gram matrix, over the largest, that is trusted: it has about six digits."""
 
@@ -96,7 +98,13 @@ def leading(
     discarded that this counts, it is float64.
     """
     short = min(matrix.shape)
-    if single and short >= SINGLE_SIDE and rank < short:
+    if rank >= short:  # nothing is discarded, and any basis will do
+        matrix = matrix.double()
+        if len(matrix) == short:
+            return torch.eye(short, dtype=matrix.dtype, device=matrix.device), matrix, 0.0
+        q, r = torch.linalg.qr(matrix)
+        return q, r, 0.0
+    if single and short >= SINGLE_SIDE:
         total = squared_norm(matrix)
         u = orthonormalised(leading_vectors(matrix.float(), rank).double())
         rest = projected(u, matrix)
@@ -112,11 +120,11 @@ def leading_vectors(matrix: Float[Tensor, "m n"], rank: int) -> Float[Tensor, "m
     if matrix.dtype == torch.float64:
         return svd(matrix)[0][:, :rank]
     m, n = matrix.shape
-    gram = matrix @ matrix.mT if m <= n else matrix.mT @ matrix
+    gram = product(matrix, matrix.mT) if m <= n else product(matrix.mT, matrix)
     if m <= n:
         del matrix  # its memory is wanted for what follows
         return _eigenvectors(gram)[:, -rank:].flip(1)
-    return torch.linalg.qr(matrix @ _eigenvectors(gram)[:, -rank:].flip(1)).Q
+    return torch.linalg.qr(product(matrix, _eigenvectors(gram)[:, -rank:].flip(1))).Q
 
 
 def _eigenvectors(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -146,7 +154,7 @@ def orthonormalised(basis: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
 def projected(basis: Float[Tensor, "m r"], matrix: Float[Tensor, "m n"]) -> Float[Tensor, "r n"]:
     """Return ``basis.T @ matrix`` in the basis's dtype, without a copy of the whole matrix in it."""
     if matrix.dtype == basis.dtype:
-        return basis.mT @ matrix
+        return product(basis.mT, matrix)
     made = basis.new_empty(basis.shape[1], matrix.shape[1])
     for piece, part in zip(made.split(COLUMNS, 1), matrix.split(COLUMNS, 1), strict=True):
         torch.mm(basis.mT, part.to(basis.dtype), out=piece)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tncompress.products import product
+
 FLOOR = 1e-10
 """Directions below this part of the largest eigenvalue are not in the data: roots leave them out."""
 LEVELS = 1e-9, 1e9
@@ -63,7 +65,7 @@ class Metric:
     def times(self, kernels: Tensor) -> Tensor:
         """Return ``kernels @ C`` for kernels ``(groups, rows, *patch)``, in the same shape."""
         if self.whole is not None:
-            return (kernels.flatten(2) @ self.whole).reshape(kernels.shape)
+            return product(kernels.flatten(2), self.whole).reshape(kernels.shape)
         assert self.channels is not None
         assert self.window is not None
         halfway = torch.einsum("gmik,gij->gmjk", kernels.flatten(3), self.channels)
@@ -90,8 +92,8 @@ class Metric:
         window = _marginal(self.window, self.patch[1:], spatial)
         if 0 not in modes:
             return window * self.channels.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        product = torch.einsum("gij,gab->giajb", self.channels, window)
-        return product.flatten(3, 4).flatten(1, 2)
+        both = torch.einsum("gij,gab->giajb", self.channels, window)
+        return both.flatten(3, 4).flatten(1, 2)
 
     def roots(self, modes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return the :func:`roots` of the :meth:`marginal` of ``modes``, which are taken once."""

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tncompress.products import product
+
 Matrices = list[Tensor]
 PerItem = Float[Tensor, "groups starts"]
 
@@ -72,14 +74,14 @@ def sweep(work: Tensor, matrices: Matrices, steady: PerItem, shrink: PerItem) ->
     a, b, *small = matrices
     starts, rank, flat = a.shape[1], a.shape[2], work.flatten(2)
     weights = (steady, shrink)
-    projected = (a.flatten(1, 2) @ flat).reshape(*b.shape, -1)
+    projected = product(a.flatten(1, 2), flat).reshape(*b.shape, -1)
     spread = khatri_rao(small)
     b = solve(_gram(a) * _gram(spread), (projected @ spread[..., None])[..., 0], b, *weights)
     profile = (b[..., None, :] @ projected).reshape(*b.shape[:3], *work.shape[3:])
     small = _solve_small(profile, _gram(a) * _gram(b), small, weights)
     spread = khatri_rao(small)
     outer = (b[..., None] * spread[..., None, :]).reshape(len(work), starts * rank, -1)
-    target = (outer @ flat.mT).reshape(a.shape)
+    target = product(outer, flat.mT).reshape(a.shape)
     gram = _gram(b) * _gram(spread)
     a = solve(gram, target, a, *weights)
     return balance([a, b, *small]), _relative_error(work, a, target, gram)

@@ -27,6 +27,7 @@ from tncompress.linalg import (
     unfold,
     working_copy,
 )
+from tncompress.products import product
 
 OUT, IN = 0, 1
 SWEEPS, NEGLIGIBLE = 2, 1e-8
@@ -197,13 +198,13 @@ def improve_chain(tensor: Tensor, cores: list[Tensor], *, single: bool = False) 
         cores = _orthogonal_from_right(cores)
         rests = [tensor.unsqueeze(-1)]  # number k: the tensor with the last k cores contracted to it
         for core in reversed(cores[1:]):
-            rests.append(torch.tensordot(rests[-1], core, dims=([-2, -1], [1, 2])))
+            rests.append(_contracted(rests[-1], core))
         left = tensor.new_ones(1, 1)
         for k, core in enumerate(cores):
-            solved = left.mT @ rests.pop().reshape(len(left), -1)
+            solved = product(left.mT, rests.pop().reshape(len(left), -1))
             if k < len(cores) - 1:
                 solved = torch.linalg.qr(solved.reshape(-1, core.shape[2])).Q
-                left = (left @ solved.reshape(len(core), -1)).reshape(-1, core.shape[2])
+                left = product(left, solved.reshape(len(core), -1)).reshape(-1, core.shape[2])
             cores[k] = solved.reshape(core.shape)
     return cores, total - squared_norm(cores[-1])
 
@@ -217,6 +218,11 @@ def _centred(tensor: Tensor, cores: list[Tensor]) -> tuple[list[Tensor], float]:
         made.append(basis.reshape(core.shape))
     made.append(rest.reshape(cores[-1].shape))
     return made, squared_norm(tensor) - squared_norm(rest)
+
+
+def _contracted(tensor: Tensor, core: Tensor) -> Tensor:
+    """Return a tensor whose last two modes are contracted with a core's last two."""
+    return product(tensor.flatten(-2).flatten(0, -2), core.flatten(1).mT).unflatten(0, tensor.shape[:-2])
 
 
 def _orthogonal_from_right(cores: list[Tensor]) -> list[Tensor]:

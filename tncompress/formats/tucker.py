@@ -24,6 +24,7 @@ from tncompress.linalg import (
     unfold,
     working_copy,
 )
+from tncompress.products import product
 
 SWEEPS, TOLERANCE = 10, 1e-4
 """Sweeps at most, and the part of the squared error that one has to take off for another to follow."""
@@ -119,8 +120,8 @@ class Tucker(Format):
         single = single_suffices(kernel)
         work = working_copy(kernel, single=single)
         total = squared_norm(work)
-        core, bases = self._truncated(work, ranks, single=single)
-        core, bases = _improve(work, core, bases, single=single)
+        found = self._found_in_single(work, ranks, total) if single else None
+        core, bases = found or _swept(work.double(), *self._truncated(work, ranks, single=single), total)
         error = math.sqrt(_squared_distance(work, core, bases) / total) if total > 0 else 0.0
         factors = self._factors(core, bases, shape)
         shapes = self.factor_shapes(shape, ranks)
@@ -141,13 +142,44 @@ class Tucker(Format):
         self, work: Tensor, ranks: Ranks, *, single: bool = False
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Return core and bases of the sequentially truncated HOSVD, the bond that loses most first."""
-        pairs = zip(self.modes(tuple(work.shape)), ranks, strict=True)
         core, bases = work, dict[int, Tensor]()
-        for mode, rank in sorted(pairs, key=lambda pair: pair[1] / work.shape[pair[0]]):
+        for mode, rank in self._most_cut_first(work, ranks):
             bases[mode], rest, _ = leading(unfold(core, [mode]), rank, single=single)
             others = [size for other, size in enumerate(core.shape) if other != mode]
             core = rest.reshape(rank, *others).movedim(0, mode)
         return core, bases
+
+    def _most_cut_first(self, work: Tensor, ranks: Ranks) -> list[tuple[int, int]]:
+        pairs = zip(self.modes(tuple(work.shape)), ranks, strict=True)
+        return sorted(pairs, key=lambda pair: pair[1] / work.shape[pair[0]])
+
+    def _found_in_single(
+        self, work: Tensor, ranks: Ranks, total: float
+    ) -> tuple[Tensor, dict[int, Tensor]] | None:
+        """Return core and bases that are looked for in float32, start and sweeps; None where it is not for that.
+
+        What is found is made orthonormal in float64, where the kernel is projected on it. Where less than
+        ``SINGLE_FLOOR`` of the squared norm is discarded, float32 can't tell one sweep from the next.
+        """
+        modes = self._most_cut_first(work, ranks)
+        if len(modes) == 1 or all(rank == work.shape[mode] for mode, rank in modes):
+            return None
+        last = work.ndim - 1  # ``in`` goes there: the largest products then need no copies
+        place = {mode: last if mode == IN else mode - (mode > IN) for mode, _ in modes}
+        moved = work.movedim(IN, last).contiguous()
+        core, bases = moved, dict[int, Tensor]()
+        for mode, rank in modes:
+            bases[place[mode]] = leading_vectors(_rows(core, place[mode]), rank)
+            core = _project(core, place[mode], bases[place[mode]])
+        if total - squared_norm(core) <= SINGLE_FLOOR * total:
+            return None
+        bases = _swept(moved, core, bases, total)[1]
+        del moved
+        found = {mode: orthonormalised(bases[place[mode]].double()) for mode, _ in modes}
+        core = work
+        for mode in sorted(found):  # ``out`` first, for which nothing is copied
+            core = _project(core, mode, found[mode])
+        return core, found
 
     def _factors(self, core: Tensor, bases: dict[int, Tensor], shape: Shape) -> list[Tensor]:
         """Return the factors in storage order, each bond's singular values split over its two sides.
@@ -173,6 +205,8 @@ def _wide(shape: Shape) -> tuple[int, ...]:
 def _project(tensor: Tensor, mode: int, basis: Tensor) -> Tensor:
     if mode == 0:  # no other order of the modes has to be made
         return projected(basis, tensor.flatten(1)).reshape(-1, *tensor.shape[1:])
+    if mode == tensor.ndim - 1:
+        return product(tensor.flatten(0, -2), basis).unflatten(0, tensor.shape[:-1])
     return torch.tensordot(tensor, basis, dims=([mode], [0])).movedim(-1, mode)
 
 
@@ -181,43 +215,16 @@ def _rows(tensor: Tensor, mode: int) -> Tensor:
     return tensor.flatten(0, -2).mT if mode == tensor.ndim - 1 else unfold(tensor, [mode])
 
 
-def _improve(
-    work: Tensor, core: Tensor, bases: dict[int, Tensor], *, single: bool
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Sweep over the modes as long as it lowers the error; return the core and the bases.
-
-    With ``single``, and an error that float32 can tell from the next, sweeps run in float32. What they find
-    is made orthonormal in float64, where the kernel is projected on it.
-    """
-    total, kept = squared_norm(work), squared_norm(core)
-    if len(bases) == 1 or all(basis.shape[0] == basis.shape[1] for basis in bases.values()):
-        return core, bases
-    if not single or total - kept <= SINGLE_FLOOR * total:
-        return _swept(work.double(), core, bases, total)
-    last = work.ndim - 1  # ``in`` goes there: the largest products then need no copies
-    place = {mode: last if mode == IN else mode - (mode > IN) for mode in bases}
-    small = {place[mode]: basis.float() for mode, basis in bases.items()}
-    moved, start = (
-        tensor.movedim(IN, last).to(torch.float32, memory_format=torch.contiguous_format)
-        for tensor in (work, core)
-    )
-    small = _swept(moved, start, small, total)[1]
-    del moved, start
-    found = {mode: orthonormalised(small[place[mode]].double()) for mode in bases}
-    swept = work
-    for mode in sorted(found):  # ``out`` first, for which nothing is copied
-        swept = _project(swept, mode, found[mode])
-    return (swept, found) if squared_norm(swept) > kept else (core, bases)
-
-
 def _swept(
     work: Tensor, core: Tensor, bases: dict[int, Tensor], total: float
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Return core and bases after sweeps, which never lower the core's norm.
+    """Return core and bases after sweeps as long as they pay; none of them lowers the core's norm.
 
     As sweeps creep along one direction, each begins as far again beyond what the last one found. Where that
     leads nowhere the next begins at the best that there is.
     """
+    if len(bases) == 1 or all(basis.shape[0] == basis.shape[1] for basis in bases.values()):
+        return core, bases
     kept, ahead = squared_norm(core), bases
     for _ in range(SWEEPS):
         trial, found = core, dict(ahead)
@@ -227,7 +234,7 @@ def _swept(
                 if other != mode:
                     trial = _project(trial, other, found[other])
             found[mode] = leading_vectors(_rows(trial, mode), found[mode].shape[1])
-            trial = _project(trial, mode, found[mode])
+        trial = _project(trial, mode, found[mode])
         gain = squared_norm(trial) - kept
         if gain <= 0:
             if ahead is bases:
