@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from tncompress import linalg
 from tncompress.linalg import (
     bond_scale,
+    followed_vectors,
     leading,
     orthonormalised,
     projected,
@@ -238,3 +239,38 @@ def test_columns_that_nearly_are_orthonormal_become_so():
 def test_a_squared_norm_is_added_up_in_float64(dtype):
     tensor = torch.randn(3, 400).to(dtype)
     assert squared_norm(tensor.mT) == pytest.approx(float(tensor.double().square().sum()), rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("shape", [(60, 200), (200, 60), (64, 64)])
+def test_followed_vectors_come_nearer_and_stay_orthonormal(shape, decay, dtype):
+    generator = torch.Generator().manual_seed(0)
+    m, n = shape
+    scale = (1 + torch.arange(m, dtype=torch.float64)) ** -decay
+    matrix = scale[:, None] * torch.randn(m, n, generator=generator, dtype=torch.float64)
+    u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+    rank = 12
+    near = torch.linalg.qr(
+        u[:, :rank] + 0.05 * torch.randn(m, rank, generator=generator, dtype=torch.float64)
+    ).Q
+    matrix, basis = matrix.to(dtype), near.to(dtype)
+
+    def discarded(basis):
+        kept = (basis.double().mT @ matrix.double()).square().sum()
+        return float((s.square().sum() - kept) / s[rank:].square().sum())
+
+    found = followed_vectors(matrix, basis)
+    eye = torch.eye(rank, dtype=torch.float64)
+    assert_close(
+        found.double().mT @ found.double(), eye, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12
+    )
+    assert discarded(found) - 1 <= 0.3 * (discarded(basis) - 1)
+    if dtype == torch.float64:
+        assert (discarded(found) - 1) * s[rank:].square().sum() <= 1e-14 * s.square().sum()
+
+
+def test_followed_vectors_of_nothing_are_a_basis():
+    basis = torch.eye(50)[:, :5]
+    found = followed_vectors(torch.zeros(50, 80), basis)
+    assert_close(found.mT @ found, torch.eye(5))

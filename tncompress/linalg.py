@@ -22,6 +22,9 @@ GRAM_FLOOR = 1e-10
 SINGLE_SIDE, SINGLE_FLOOR, SINGLE_PEAKS = 48, 1e-4, (1e-15, 1e15)
 """Where float32 finds what to keep: the shortest side, the least relative loss, the bounds of entries."""
 
+DEGREE, GROWTH = 3, 1e5
+"""The degree of the polynomial of :func:`followed_vectors`, and how far it may lift a value over another."""
+
 COLUMNS = 1024
 """How many columns at a time :func:`projected` takes to another precision."""
 
@@ -125,6 +128,29 @@ def leading_vectors(matrix: Float[Tensor, "m n"], rank: int) -> Float[Tensor, "m
         del matrix  # its memory is wanted for what follows
         return _eigenvectors(gram)[:, -rank:].flip(1)
     return torch.linalg.qr(product(matrix, _eigenvectors(gram)[:, -rank:].flip(1))).Q
+
+
+def followed_vectors(matrix: Float[Tensor, "m n"], basis: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
+    """Return a basis, orthonormal, that is nearer to the leading left singular vectors than ``basis``.
+
+    In float32 it takes a Chebyshev polynomial of the Gram matrix (Zhou, Saad, Tiago, Chelikowsky 2006), which
+    lifts all above the least Ritz value over what lies below, in less time than eigenvectors. Where it would
+    lift the largest so far that float32 loses the others, and in float64, it is eigenvectors.
+    """
+    m, n = matrix.shape
+    rank = basis.shape[1]
+    if matrix.dtype == torch.float64 or m > n:
+        return leading_vectors(matrix, rank)
+    gram = product(matrix, matrix.mT)
+    image = product(gram, basis)
+    ritz = torch.linalg.eigvalsh(product(basis.mT, image))
+    least, most = float(ritz[0]), float(ritz[-1])
+    if not 0 < 2 * most - least <= least * GROWTH ** (1 / DEGREE):
+        return _eigenvectors(gram)[:, -rank:].flip(1)
+    before, lifted = basis, (2 / least) * image - basis
+    for _ in range(DEGREE - 1):
+        before, lifted = lifted, (4 / least) * product(gram, lifted) - 2 * lifted - before
+    return torch.linalg.qr(lifted).Q
 
 
 def _eigenvectors(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

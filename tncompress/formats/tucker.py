@@ -13,6 +13,7 @@ from tncompress.formats.base import Fit, Format, Ranks, Shape, Stage, register_f
 from tncompress.formats.chain import IN, OUT
 from tncompress.linalg import (
     bond_scale,
+    followed_vectors,
     leading,
     leading_vectors,
     orthonormalised,
@@ -156,7 +157,7 @@ class Tucker(Format):
     def _found_in_single(
         self, work: Tensor, ranks: Ranks, total: float
     ) -> tuple[Tensor, dict[int, Tensor]] | None:
-        """Return core and bases that are looked for in float32, start and sweeps; None where it is not for that.
+        """Return core and bases, start and sweeps in float32, or None where that is not for float32.
 
         What is found is made orthonormal in float64, where the kernel is projected on it. Where less than
         ``SINGLE_FLOOR`` of the squared norm is discarded, float32 can't tell one sweep from the next.
@@ -233,7 +234,7 @@ def _swept(
             for other in found:
                 if other != mode:
                     trial = _project(trial, other, found[other])
-            found[mode] = leading_vectors(_rows(trial, mode), found[mode].shape[1])
+            found[mode] = followed_vectors(_rows(trial, mode), found[mode])
         trial = _project(trial, mode, found[mode])
         gain = squared_norm(trial) - kept
         if gain <= 0:
