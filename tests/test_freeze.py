@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tncompress as tnc
 from tncompress import cost_model, freezing
+from tncompress.contraction import ConvCall
 from tncompress.folding import fold, trace, units_of
 from tncompress.layers import TNConv
-from tncompress.prepacked import FrozenChain, FrozenConv, own_weights
+from tncompress.prepacked import ACTIVATIONS, FrozenChain, FrozenConv, own_weights
 from tncompress.strategies import all_contractions, merged_stages
 
 SPEC = {"default": {"format": "mps", "rank": {"params_ratio": 0.5}}, "keep_dense": []}
@@ -326,6 +327,41 @@ def test_a_changed_weight_is_packed_again():
     assert_close(chain(x), layer(x), **CLOSE)
     chain.convolutions[0].weight.mul_(2)
     assert_close(chain(x), 2 * layer(x) - layer.bias[:, None, None], **CLOSE)
+    last = chain.convolutions[-1]
+    last.bias = last.bias + 1
+    assert_close(chain(x), 2 * layer(x) - layer.bias[:, None, None] + 1, **CLOSE)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_of_matrices_is_the_convolution(bias, dtype, activation):
+    weight, call = torch.randn(12, 20, 1, 1, dtype=dtype), ConvCall((1, 1), (0, 0), (1, 1))
+    made = [FrozenConv(weight, torch.randn(12, dtype=dtype) if bias else None, call, activation)]
+    made.append(copy.deepcopy(made[0]))
+    made[0].way, made[1].way = "product", "plain"
+    for size in ((2, 20, 5, 7), (3, 20, 1, 1), (1, 20, 9, 2)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(size, dtype=dtype).contiguous(memory_format=layout)
+            found, wanted = (each(x) for each in made)
+            close = CLOSE if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+            assert_close(found, wanted, **close)
+            other = torch.randn_like(wanted)
+            assert_close(made[0](x, other), made[1](x, other), **close)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ConvCall((2, 2), (0, 0), (1, 1)),
+        ConvCall((1, 1), (1, 1), (1, 1)),
+        ConvCall((1, 1), (0, 0), (1, 1), groups=2),
+        ConvCall((1, 1), (0, 0), (1, 1), pad=(1, 0, 0, 0)),
+    ],
+)
+def test_what_is_no_product_of_matrices_is_not_tried_as_one(call):
+    assert "product" not in FrozenConv(torch.randn(4, 4 // call.groups, 1, 1), None, call).ways
+    assert "product" not in FrozenConv(torch.randn(4, 4, 3, 3), None, ConvCall((1, 1), (0, 0), (1, 1))).ways
 
 
 def test_the_backend_is_used_and_can_be_missing(monkeypatch):
@@ -333,8 +369,10 @@ def test_the_backend_is_used_and_can_be_missing(monkeypatch):
     layer = TNConv.from_dense(conv, tnc.SVD(), (4,)).requires_grad_(False)
     x = torch.randn(1, 8, 5, 5)
     runs = []
-    real = FrozenConv._run_packed
-    monkeypatch.setattr(FrozenConv, "_run_packed", lambda *args: runs.append(1) or real(*args))
+    real = FrozenConv._prepared
+    monkeypatch.setattr(
+        FrozenConv, "_prepared", lambda *args: (run := real(*args)) and (runs.append(1) or run)
+    )
     made = [FrozenChain(layer.geometry, layer.running, own_weights(layer), layer.bias) for _ in range(2)]
     wanted = made[0](x)
     assert len(runs) == (2 if torch.backends.mkldnn.is_available() else 0)

@@ -7,8 +7,8 @@ run through torch's convolution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ ACTIVATIONS: dict[str, tuple[Any, str, tuple[float, ...]]] = {
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
+_Run = Callable[[Tensor, "Tensor | None"], Tensor]
 Way = Literal["plain", "packed", "product"]
 """How a convolution runs: torch's, oneDNN's with a packed weight, or as oneDNN's product of matrices."""
 
@@ -62,7 +63,7 @@ class FrozenConv(nn.Module):
         self.call, self.activation = call, activation
         self.ways = self._possible() if pack else ("plain",)
         self.way: Way = self.ways[-1]
-        self._packed: _Packed | None = None
+        self._kept: _Kept | None = None
 
     def _possible(self) -> tuple[Way, ...]:
         call = self.call
@@ -74,7 +75,7 @@ class FrozenConv(nn.Module):
         return "plain", "packed"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None}  # oneDNN's tensors can't be written, and are quickly made
+        return self.__dict__ | {"_kept": None}  # oneDNN's tensors can't be written, and are quickly made
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Return the convolution of ``x``, plus ``other``, activated."""
@@ -83,9 +84,9 @@ class FrozenConv(nn.Module):
     def run(self, x: Tensor, other: Tensor | None, may: bool) -> Tensor:
         """Return :meth:`forward`'s output; ``may`` says whether oneDNN may see ``x`` as it is."""
         if may and self.way != "plain" and self._takes(x, other):
-            packed = self._packed_weight(x)
-            if packed is not None:
-                return self._run_packed(x, packed, other)
+            prepared = self._prepared(x)
+            if prepared is not None:
+                return prepared(x, other)
         x = self.call(x, self.weight, self.bias)
         x = x if other is None else x + other
         return x if self.activation is None else ACTIVATIONS[self.activation][0](x)
@@ -104,45 +105,56 @@ class FrozenConv(nn.Module):
         wide = (wide + pad[0] + pad[1] + 2 * q - e * (kw - 1) - 1) // t + 1
         return other.shape == (x.shape[0], out, high, wide)
 
-    def _packed_weight(self, x: Tensor) -> Tensor | None:
-        weight, call, kept = self.weight, self.call, self._packed
-        if weight.dtype != x.dtype or weight.device.type != "cpu":
+    def _prepared(self, x: Tensor) -> _Run | None:
+        """Return what runs inputs like ``x`` with the weight packed, kept until the weight is another one."""
+        weight, bias, kept = self._buffers["weight"], self._buffers["bias"], self._kept
+        assert weight is not None
+        if weight.dtype != x.dtype or not weight.is_cpu:
             return None
-        if kept is not None and kept.is_of(weight, self.way):
-            return kept.packed
+        if kept is not None and kept.is_of(weight, bias, self.way):
+            return kept.run
         try:
             with torch.inference_mode(False), torch.no_grad():
-                if self.way == "product":
-                    pixels = x.numel() // x.shape[1]
-                    packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), pixels)
-                else:
-                    packed = torch.ops.mkldnn._reorder_convolution_weight(
-                        weight, call.padding, call.stride, call.dilation, call.groups, list(x.shape)
-                    )
-        except (RuntimeError, AttributeError):
-            self.way, self.ways = (
-                "plain",
-                ("plain",),
-            )  # this build of torch, or this processor, has no such thing
+                make = self._as_product if self.way == "product" else self._as_convolution
+                run = make(weight, bias, x)
+        except (RuntimeError, AttributeError):  # this build of torch, or this processor, has no such thing
+            self.way, self.ways = "plain", ("plain",)
             return None
-        self._packed = _Packed(weight, _version(weight), self.way, packed)
-        return packed
+        self._kept = _Kept(weight, _version(weight), bias, self.way, run)
+        return run
 
-    def _run_packed(self, x: Tensor, packed: Tensor, other: Tensor | None) -> Tensor:
-        call, bias = self.call, self.bias
-        if call.pad:
-            x = F.pad(x, call.pad, mode=call.pad_mode)
-        _, name, numbers = ACTIVATIONS[self.activation] if self.activation else (None, "none", ())
-        if self.way == "product":
-            rows = x.permute(0, 2, 3, 1)
-            rows = torch.ops.mkldnn._linear_pointwise.default(rows, packed, bias, name, numbers, "")
-            return rows.permute(0, 3, 1, 2)
-        run = torch.ops.mkldnn._convolution_pointwise
+    def _as_product(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> _Run:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), x.numel() // x.shape[1])
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        _, name, numbers = self._after
+
+        def run(x: Tensor, other: Tensor | None) -> Tensor:
+            assert other is None
+            return multiply(x.permute(0, 2, 3, 1), packed, bias, name, numbers, "").permute(0, 3, 1, 2)
+
+        return run
+
+    def _as_convolution(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> _Run:
+        call = self.call
         where = (call.padding, call.stride, call.dilation, call.groups)
-        if other is None:
-            return run.default(x, packed, bias, *where, name, numbers, "")
-        after = None if name == "none" else name
-        return run.binary(x, other, packed, bias, *where, "add", None, after, numbers, None)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *where, list(x.shape))
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        alone, added = convolve.default, convolve.binary
+        _, name, numbers = self._after
+        last = None if name == "none" else name
+
+        def run(x: Tensor, other: Tensor | None) -> Tensor:
+            if call.pad:
+                x = F.pad(x, call.pad, mode=call.pad_mode)
+            if other is None:
+                return alone(x, packed, bias, *where, name, numbers, "")
+            return added(x, other, packed, bias, *where, "add", None, last, numbers, None)
+
+        return run
+
+    @property
+    def _after(self) -> tuple[Any, str, tuple[float, ...]]:
+        return ACTIVATIONS[self.activation] if self.activation else (None, "none", ())
 
     def extra_repr(self) -> str:
         """Describe the convolution in the printed module."""
@@ -151,16 +163,18 @@ class FrozenConv(nn.Module):
         return made + (f", {self.activation}" if self.activation else "")
 
 
-class _Packed(NamedTuple):
-    """A weight in the backend's order, and what it was made from."""
+class _Kept(NamedTuple):
+    """How a convolution with a packed weight runs, and what that was made from."""
 
     weight: Tensor
     version: int
+    bias: Tensor | None
     way: Way
-    packed: Tensor
+    run: _Run
 
-    def is_of(self, weight: Tensor, way: Way) -> bool:
-        return self.weight is weight and self.version == _version(weight) and self.way == way
+    def is_of(self, weight: Tensor, bias: Tensor | None, way: Way) -> bool:
+        same = self.weight is weight and self.bias is bias and self.way == way
+        return same and self.version == _version(weight)
 
 
 def may_pack(x: Tensor) -> bool:
@@ -222,8 +236,8 @@ class FrozenChain(nn.Module):
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
         """Return the layer's output, plus ``other``, activated."""
-        may = may_pack(input)
-        convolutions: list[Any] = list(self.convolutions)
-        for convolution in convolutions[:-1]:
+        may, chain = may_pack(input), cast(Any, self.convolutions)
+        *before, last = chain._modules.values()  # iterating over a ModuleList takes microseconds
+        for convolution in before:
             input = convolution.run(input, None, may)
-        return convolutions[-1].run(input, other, may)
+        return last.run(input, other, may)
