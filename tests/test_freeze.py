@@ -577,3 +577,45 @@ def test_convolutions_run_in_their_fastest_way_and_each_kind_is_measured_once(be
     for one, *others in measured:
         for other in others:
             assert_close(one, other)
+
+
+class Block(nn.Module):
+    """Linear layers with what follows them in transformers: activations, a residual sum, a second call."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.inward, self.after, self.outward = nn.Linear(24, 40), activation, nn.Linear(40, 24, bias=False)
+        self.twice = nn.Linear(24, 24)
+
+    def forward(self, x):
+        x = x + self.outward(self.after(self.inward(x)))
+        return F.relu(self.twice(self.twice(x)) + x)
+
+
+@pytest.mark.parametrize("size", [(3, 24), (2, 5, 24), (2, 4, 4, 24), (24,)])
+@pytest.mark.parametrize("way", ["plain", "product"])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.Tanh()])
+def test_linear_layers_are_frozen_with_what_follows_them(activation, way, size):
+    model, x = Block(activation).eval(), torch.randn(size)
+    small = tnc.compress(model, {"default": {"format": "svd", "rank": {"fixed": 6}}, "keep_dense": []})
+    for each in (model, small):
+        frozen = tnc.freeze(each, x)
+        layers = [m for m in frozen.modules() if isinstance(m, FrozenConv)]
+        assert len(layers) == (3 if each is model else 6)
+        for layer in layers:
+            layer.way = way
+        with torch.no_grad():
+            assert_close(frozen(x), each(x), **CLOSE)
+        folded = any(layer.activation for layer in layers[:2])
+        assert folded == (not isinstance(activation, nn.Tanh))
+
+
+def test_a_frozen_linear_layer_sees_other_batches_dtypes_and_layouts():
+    frozen = tnc.freeze(nn.Sequential(nn.Linear(12, 7), nn.ReLU()).eval(), torch.randn(4, 12))
+    layer = next(m for m in frozen.modules() if isinstance(m, FrozenConv))
+    layer.way = "product"
+    for x in (torch.randn(9, 12), torch.randn(12, 5).T, torch.randn(0, 12), torch.randn(2, 3, 12)[:, 1:]):
+        assert_close(frozen(x), F.relu(F.linear(x, layer.weight, layer.bias)), **CLOSE)
+    x = torch.randn(4, 12, requires_grad=True)
+    frozen(x).sum().backward()
+    assert x.grad is not None

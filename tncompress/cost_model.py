@@ -105,8 +105,9 @@ def choose_packing_(model: nn.Module, run: Callable[[], Any], known: Packing | N
 
 
 def _fastest_way(convolution: FrozenConv, shape: tuple[int, ...], dtype: torch.dtype, *, added: bool) -> Way:
-    x = _channels_last(torch.randn(shape, dtype=dtype))
-    ways = [way for way in convolution.ways if not (added and way == "product")]
+    x = torch.randn(shape, dtype=dtype)
+    x = _channels_last(x) if convolution.call.stride else x
+    ways = convolution.ways
     variants = [copy.copy(convolution) for _ in ways]
     for variant, way in zip(variants, ways, strict=True):
         variant.way = way

@@ -20,7 +20,8 @@ from tncompress.prepacked import own_weights
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6", F.silu: "silu"}
-FUNCTIONS |= {F.hardswish: "hardswish"}
+FUNCTIONS |= {F.hardswish: "hardswish", F.gelu: "gelu"}
+GELU = {"none": "gelu", "tanh": "gelu tanh"}
 METHODS = {"relu": "relu", "relu_": "relu"}
 ADDITIONS = (operator.add, torch.add)
 
@@ -72,8 +73,12 @@ class Unit:
         return self.module.running if isinstance(self.module, TNConv) else (dense_stage(self.geometry),)
 
 
-def units_of(graph: fx.GraphModule) -> list[Unit]:
-    """Return the convolutions and tensor-network layers that are only ever called on one input."""
+def units_of(graph: fx.GraphModule, *, linear: bool = False) -> list[Unit]:
+    """Return the convolutions and tensor-network layers that are only ever called on one input.
+
+    With ``linear`` torch's linear layers are among them.
+    """
+    kinds = (*CONVS, *TRANSPOSED, TNConv, *([nn.Linear] if linear else []))
     modules = dict(graph.named_modules())
     names: dict[nn.Module, str] = {}
     nodes: dict[nn.Module, list[fx.Node]] = {}
@@ -85,7 +90,7 @@ def units_of(graph: fx.GraphModule) -> list[Unit]:
     read = {str(node.target).rpartition(".")[0] for node in graph.graph.nodes if node.op == "get_attr"}
     units = []
     for module, found in nodes.items():
-        plain = type(module) in (*CONVS, *TRANSPOSED, TNConv) and "forward" not in vars(module)
+        plain = type(module) in kinds and "forward" not in vars(module)
         calls = all(len(node.args) == 1 and not node.kwargs for node in found)
         inside = any(name == names[module] or name.startswith(f"{names[module]}.") for name in read)
         if plain and calls and not inside and not has_hooks(module):
@@ -164,7 +169,9 @@ def _activation(user: fx.Node, last: fx.Node, modules: dict[str, nn.Module]) -> 
         return None
     if user.op == "call_module":
         module = modules[str(user.target)]
-        return None if has_hooks(module) else MODULES.get(type(module))
+        if has_hooks(module):
+            return None
+        return GELU[module.approximate] if type(module) is nn.GELU else MODULES.get(type(module))
     if user.op == "call_function" and len(user.args) == 1 and set(user.kwargs) <= {"inplace"}:
         return FUNCTIONS.get(user.target)  # type: ignore[arg-type]
     if user.op == "call_method" and len(user.args) == 1:

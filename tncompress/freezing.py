@@ -233,7 +233,7 @@ def frozen_graph(model: nn.Module, *, pack: bool, fold_after: bool = True) -> nn
     graph = trace(model)
     if graph is None:
         return None
-    units = units_of(graph)
+    units = units_of(graph, linear=pack)
     for unit in units if fold_after else ():
         fold(graph, unit)
     for unit in units:

@@ -8,6 +8,7 @@ run through torch's convolution.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -20,23 +21,35 @@ from tncompress.geometry import ConvGeometry
 from tncompress.layers import TNConv
 from tncompress.strategies import Contraction, merged_stages, merged_weights
 
-ACTIVATIONS: dict[str, tuple[Any, str, tuple[float, ...]]] = {
-    "relu": (F.relu, "relu", ()),
-    "relu6": (F.relu6, "hardtanh", (0.0, 6.0)),
-    "silu": (F.silu, "swish", ()),
-    "hardswish": (F.hardswish, "hardswish", ()),
+
+class Activation(NamedTuple):
+    """torch's function, and oneDNN's word for it with its numbers and variant."""
+
+    function: Callable[[Tensor], Tensor]
+    word: str
+    numbers: tuple[float, ...] = ()
+    variant: str = ""
+
+
+ACTIVATIONS = {
+    "relu": Activation(F.relu, "relu"),
+    "relu6": Activation(F.relu6, "hardtanh", (0.0, 6.0)),
+    "silu": Activation(F.silu, "swish"),
+    "hardswish": Activation(F.hardswish, "hardswish"),
+    "gelu": Activation(F.gelu, "gelu", variant="none"),
+    "gelu tanh": Activation(partial(F.gelu, approximate="tanh"), "gelu", variant="tanh"),
 }
-"""By name: torch's function, oneDNN's word for it, and its numbers."""
+NOTHING = Activation(lambda x: x, "none")
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 _Run = Callable[[Tensor, "Tensor | None"], Tensor]
 Way = Literal["plain", "packed", "product"]
-"""How a convolution runs: torch's, oneDNN's with a packed weight, or as oneDNN's product of matrices."""
+"""How a layer runs: by torch, by oneDNN with a packed weight, or as oneDNN's product of matrices."""
 
 
 class FrozenConv(nn.Module):
-    """One convolution with a fixed weight, of a layer's chain; ``activation`` comes after it.
+    """One convolution, or linear map, with a fixed weight, of a layer's chain; ``activation`` comes after it.
 
     The weight has the shape (out, in / groups, ...) also where the convolution is a transposed one.
     A second input of the output's shape is added before the activation. ``way`` is one of :attr:`ways`.
@@ -61,12 +74,14 @@ class FrozenConv(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.call, self.activation = call, activation
-        self.ways = self._possible() if pack else ("plain",)
+        self.ways: tuple[Way, ...] = self._possible() if pack else ("plain",)
         self.way: Way = self.ways[-1]
         self._kept: _Kept | None = None
 
     def _possible(self) -> tuple[Way, ...]:
         call = self.call
+        if len(call.stride) == 0:
+            return "plain", "product"
         if len(call.stride) != 2 or call.output_padding is not None:
             return ("plain",)
         alone = call.groups == 1 and self.weight.shape[2:] == (1, 1) and not call.pad
@@ -88,11 +103,12 @@ class FrozenConv(nn.Module):
             if prepared is not None:
                 return prepared(x, other)
         x = self.call(x, self.weight, self.bias)
-        x = x if other is None else x + other
-        return x if self.activation is None else ACTIVATIONS[self.activation][0](x)
+        return self._after.function(x if other is None else x + other)
 
     def _takes(self, x: Tensor, other: Tensor | None) -> bool:
-        return other is None or (self.way == "packed" and self.fits(x, other))
+        if x.ndim != 4 and (x.ndim < 2 or self.call.stride):  # without a batch
+            return False
+        return other is None or self.way == "product" or self.fits(x, other)
 
     def fits(self, x: Tensor, other: Tensor) -> bool:
         """Say whether ``other`` surely has the output's shape and dtype: oneDNN does not broadcast."""
@@ -124,13 +140,21 @@ class FrozenConv(nn.Module):
         return run
 
     def _as_product(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> _Run:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), x.numel() // x.shape[1])
-        multiply = torch.ops.mkldnn._linear_pointwise.default
-        _, name, numbers = self._after
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), x.numel() // weight.shape[1])
+        multiply, after = torch.ops.mkldnn._linear_pointwise.default, self._after
+        is_linear = weight.ndim == 2
+
+        def multiplied(x: Tensor, after: Activation) -> Tensor:
+            if is_linear:
+                return multiply(x, packed, bias, *after[1:])
+            return multiply(x.permute(0, 2, 3, 1), packed, bias, *after[1:]).permute(0, 3, 1, 2)
 
         def run(x: Tensor, other: Tensor | None) -> Tensor:
-            assert other is None
-            return multiply(x.permute(0, 2, 3, 1), packed, bias, name, numbers, "").permute(0, 3, 1, 2)
+            if other is None:
+                return multiplied(x, after)
+            x = multiplied(x, NOTHING)
+            alike = other.shape == x.shape and other.dtype == x.dtype
+            return after.function(x.add_(other) if alike else x + other)
 
         return run
 
@@ -140,21 +164,21 @@ class FrozenConv(nn.Module):
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *where, list(x.shape))
         convolve = torch.ops.mkldnn._convolution_pointwise
         alone, added = convolve.default, convolve.binary
-        _, name, numbers = self._after
-        last = None if name == "none" else name
+        _, name, numbers, variant = self._after
+        last = (None if name == "none" else name), numbers, variant or None
 
         def run(x: Tensor, other: Tensor | None) -> Tensor:
             if call.pad:
                 x = F.pad(x, call.pad, mode=call.pad_mode)
             if other is None:
-                return alone(x, packed, bias, *where, name, numbers, "")
-            return added(x, other, packed, bias, *where, "add", None, last, numbers, None)
+                return alone(x, packed, bias, *where, name, numbers, variant)
+            return added(x, other, packed, bias, *where, "add", None, *last)
 
         return run
 
     @property
-    def _after(self) -> tuple[Any, str, tuple[float, ...]]:
-        return ACTIVATIONS[self.activation] if self.activation else (None, "none", ())
+    def _after(self) -> Activation:
+        return ACTIVATIONS[self.activation] if self.activation else NOTHING
 
     def extra_repr(self) -> str:
         """Describe the convolution in the printed module."""
@@ -182,7 +206,6 @@ def may_pack(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and x.ndim == 4
         and x.dtype in PACKED_DTYPES
         and x.is_cpu
         and x.numel() > 0
