@@ -579,7 +579,7 @@ def test_convolutions_run_in_their_fastest_way_and_each_kind_is_measured_once(be
             assert_close(one, other)
 
 
-class Block(nn.Module):
+class Feedforward(nn.Module):
     """Linear layers with what follows them in transformers: activations, a residual sum, a second call."""
 
     def __init__(self, activation):
@@ -596,7 +596,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("way", ["plain", "product"])
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.Tanh()])
 def test_linear_layers_are_frozen_with_what_follows_them(activation, way, size):
-    model, x = Block(activation).eval(), torch.randn(size)
+    model, x = Feedforward(activation).eval(), torch.randn(size)
     small = tnc.compress(model, {"default": {"format": "svd", "rank": {"fixed": 6}}, "keep_dense": []})
     for each in (model, small):
         frozen = tnc.freeze(each, x)

@@ -84,7 +84,7 @@ def choose_packing_(model: nn.Module, run: Callable[[], Any], known: Packing | N
 
     def listen(convolution: FrozenConv) -> Callable[..., Tensor]:
         def runs(x: Tensor, other: Tensor | None, may: bool) -> Tensor:
-            if may and (other is None or convolution.fits(x, other)):
+            if may and convolution.takes(x, other):
                 seen.setdefault(convolution, (tuple(x.shape), x.dtype, other is not None))
             return FrozenConv.run(convolution, x, other, may)
 

@@ -197,13 +197,15 @@ class _Maker:
         """Say whether ``frozen`` computes what the model does, and note how nearly."""
         try:
             with torch.inference_mode():
-                if frozen.way.startswith("packed"):
-                    choose_packing_(frozen, lambda: call_model(frozen, self.inputs), self.packing)
-                found = _tensors(call_model(frozen, self.inputs))
+                call_model(frozen, self.inputs)
         except Exception:  # a layout that some view of the model can't take
             if frozen.way.startswith("as it is"):
                 raise
             return False
+        with torch.inference_mode():
+            if frozen.way.startswith("packed"):
+                choose_packing_(frozen, lambda: call_model(frozen, self.inputs), self.packing)
+            found = _tensors(call_model(frozen, self.inputs))
         if [t.shape for t in found] != [t.shape for t in self.wanted]:
             return False
         pairs = list(zip(found, self.wanted, strict=True))

@@ -98,19 +98,20 @@ class FrozenConv(nn.Module):
 
     def run(self, x: Tensor, other: Tensor | None, may: bool) -> Tensor:
         """Return :meth:`forward`'s output; ``may`` says whether oneDNN may see ``x`` as it is."""
-        if may and self.way != "plain" and self._takes(x, other):
+        if may and self.way != "plain" and self.takes(x, other):
             prepared = self._prepared(x)
             if prepared is not None:
                 return prepared(x, other)
         x = self.call(x, self.weight, self.bias)
         return self._after.function(x if other is None else x + other)
 
-    def _takes(self, x: Tensor, other: Tensor | None) -> bool:
+    def takes(self, x: Tensor, other: Tensor | None) -> bool:
+        """Say whether oneDNN can run these inputs, in the way that is set."""
         if x.ndim != 4 and (x.ndim < 2 or self.call.stride):  # without a batch
             return False
-        return other is None or self.way == "product" or self.fits(x, other)
+        return other is None or self.way == "product" or self._fits(x, other)
 
-    def fits(self, x: Tensor, other: Tensor) -> bool:
+    def _fits(self, x: Tensor, other: Tensor) -> bool:
         """Say whether ``other`` surely has the output's shape and dtype: oneDNN does not broadcast."""
         if type(other) is not Tensor or other.dtype != x.dtype or other.ndim != 4:
             return False
