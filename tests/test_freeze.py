@@ -193,7 +193,10 @@ def folds(frozen):
     return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in frozen.modules())
 
 
-@pytest.mark.parametrize("way", ["packed", "plain", "packed, dense"])
+WAYS = ["packed", "all packed", "plain", "packed, dense"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
 @pytest.mark.parametrize("how", MODELS, ids=lambda how: how.__name__)
 def test_whatever_follows_a_convolution_the_outputs_stay(how, compressed, way, untimed):
@@ -201,7 +204,7 @@ def test_whatever_follows_a_convolution_the_outputs_stay(how, compressed, way, u
     model = tnc.compress(model, SPEC) if compressed else model
     before = copy.deepcopy(model.state_dict())
     wanted = model(x.clone())
-    untimed["model"] = ["packed", "plain", "packed, dense"].index(way)
+    untimed["model"] = WAYS.index(way)
     frozen = tnc.freeze(model, x)
     if how is other_read_again or (how is reads_a_weight and compressed):
         assert frozen.way.startswith("as it is")  # the tracer misses the alias, and how the weight is made
@@ -335,19 +338,23 @@ def test_a_changed_weight_is_packed_again():
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_product_of_matrices_is_the_convolution(bias, dtype, activation):
-    weight, call = torch.randn(12, 20, 1, 1, dtype=dtype), ConvCall((1, 1), (0, 0), (1, 1))
+@pytest.mark.parametrize(("window", "way"), [(1, "product"), (1, "packed"), (3, "packed")])
+def test_every_way_is_the_same_convolution(window, way, bias, dtype, activation):
+    weight = torch.randn(12, 20, window, window, dtype=dtype)
+    call = ConvCall((1, 1), (window // 2, window // 2), (1, 1))
     made = [FrozenConv(weight, torch.randn(12, dtype=dtype) if bias else None, call, activation)]
     made.append(copy.deepcopy(made[0]))
-    made[0].way, made[1].way = "product", "plain"
+    made[0].way, made[1].way = way, "plain"
+    close = CLOSE if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.2}
     for size in ((2, 20, 5, 7), (3, 20, 1, 1), (1, 20, 9, 2)):
         for layout in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(size, dtype=dtype).contiguous(memory_format=layout)
             found, wanted = (each(x) for each in made)
-            close = CLOSE if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
             assert_close(found, wanted, **close)
-            other = torch.randn_like(wanted)
-            assert_close(made[0](x, other), made[1](x, other), **close)
+            for other in (torch.randn_like(wanted), torch.randn(1, 12, 1, 1, dtype=dtype)):
+                before = other.clone()
+                assert_close(made[0](x, other), made[1](x, other), **close)
+                assert torch.equal(other, before)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +384,8 @@ def test_the_backend_is_used_and_can_be_missing(monkeypatch):
     wanted = made[0](x)
     assert len(runs) == (2 if torch.backends.mkldnn.is_available() else 0)
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
-    monkeypatch.setattr("torch.ops.mkldnn._reorder_convolution_weight", _missing, raising=False)
+    for name in ("convolution", "linear"):
+        monkeypatch.setattr(f"torch.ops.mkldnn._reorder_{name}_weight", _missing, raising=False)
     runs.clear()
     assert_close(made[1](x), wanted, **CLOSE)
     assert not runs

@@ -88,10 +88,11 @@ def freeze(
     Each tensor-network layer runs in the way that is measured to be the fastest on inputs like
     ``example_inputs`` (a tensor, a tuple of arguments or a mapping): the chain, with neighbouring cores
     merged, or dense again. BatchNorm is folded into the weights; additions and activations join the
-    convolution before them; weights are packed for the backend where that is measured to be faster. Whole
-    models frozen with and without the backend's layout, and with every layer dense again, are run in turns,
-    and the fastest is returned, so that it is none of these that would have been faster. ``seconds`` is the
-    time for each of them.
+    convolution or linear layer before them; weights are packed for the backend where that is measured to be
+    faster. Whole models frozen so, with all weights packed (one layer by itself has its input in the cache,
+    and may misjudge), without the backend's layout, and with every layer dense again, are run in turns, and
+    the fastest is returned, so that it is none of these that would have been faster. ``seconds`` is the time
+    for each of them. Weights that are packed are held twice.
 
     ``dtype=torch.bfloat16`` computes in that precision (about 1e-2 relative to the outputs), and takes and
     returns float32. ``compile`` adds what ``torch.compile`` makes of it, which takes minutes. Any
@@ -159,7 +160,7 @@ class _Maker:
         """Return the names of the whole models to try."""
         if not self.traced:
             return ["as it is", "as it is, channels last"]
-        found = ["packed", "plain"]
+        found = ["packed", "all packed", "plain"]
         if any(layer.contraction != "kernel" for layer in self.chosen.values()):
             found.append("packed, dense")
         return [*found, "compiled"] if compile else found
@@ -171,7 +172,7 @@ class _Maker:
             for module in target.modules():
                 if isinstance(module, TNConv):
                     module.contract("kernel")
-        last = way.startswith(("packed", "compiled")) or way.endswith("last")
+        last = way.startswith(("packed", "all packed", "compiled")) or way.endswith("last")
         if way.startswith("as it is"):
             target = target.to(self.dtype) if self.dtype else target
             target = target.to(memory_format=torch.channels_last) if last else target

@@ -52,7 +52,8 @@ class FrozenConv(nn.Module):
     """One convolution, or linear map, with a fixed weight, of a layer's chain; ``activation`` comes after it.
 
     The weight has the shape (out, in / groups, ...) also where the convolution is a transposed one.
-    A second input of the output's shape is added before the activation. ``way`` is one of :attr:`ways`.
+    A second input of the output's shape is added before the activation. ``way`` is one of :attr:`ways`,
+    of which the last is taken until another is set.
     """
 
     weight: Tensor
@@ -86,7 +87,7 @@ class FrozenConv(nn.Module):
             return ("plain",)
         alone = call.groups == 1 and self.weight.shape[2:] == (1, 1) and not call.pad
         if alone and set(call.stride) == {1} and set(call.padding) == {0}:
-            return "plain", "product", "packed"
+            return "plain", "packed", "product"
         return "plain", "packed"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,15 +166,16 @@ class FrozenConv(nn.Module):
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *where, list(x.shape))
         convolve = torch.ops.mkldnn._convolution_pointwise
         alone, added = convolve.default, convolve.binary
-        _, name, numbers, variant = self._after
-        last = (None if name == "none" else name), numbers, variant or None
+        after = self._after
+        fused = after.word if after.word == "relu" else None  # oneDNN's sums take no other
+        left = NOTHING if fused else after
 
         def run(x: Tensor, other: Tensor | None) -> Tensor:
             if call.pad:
                 x = F.pad(x, call.pad, mode=call.pad_mode)
             if other is None:
-                return alone(x, packed, bias, *where, name, numbers, variant)
-            return added(x, other, packed, bias, *where, "add", None, *last)
+                return alone(x, packed, bias, *where, *after[1:])
+            return left.function(added(x, other, packed, bias, *where, "add", None, fused, (), None))
 
         return run
 
