@@ -11,6 +11,8 @@ import torch
 from tncompress.noise import ADVISED, device_name, settings
 from tncompress.timing import samples_in_turns
 
+SINGLE = "float32 dense frozen"
+"""What rows in bfloat16 call the dense model in float32 beside them."""
 ROWS = Path(__file__).parents[2] / "docs" / "benchmarks.jsonl"
 
 

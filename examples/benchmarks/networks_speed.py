@@ -9,7 +9,8 @@
 Rows are appended to docs/benchmarks.jsonl. Dense variants are torch's model as it is, with channels_last,
 frozen by `tnc.freeze`, and compiled by `torch.compile` with inductor's freezing; all of them, and the
 compressed model as it is, frozen and compiled, take turns in one process. Weights are random with seed 0, as
-torchvision initialises them: speed does not depend on them. `--latency` puts a budget on the convolutions'
+torchvision initialises them: speed does not depend on them. `--bf16` measures all in bfloat16, beside the
+frozen dense model in float32. `--latency` puts a budget on the convolutions'
 time by the model of the machine, too. `--advised` begins again with the settings of the allocator and of
 OpenMP that the documentation advises.
 """
@@ -20,6 +21,7 @@ import sys
 
 import torch
 from benchmark_rows import (
+    SINGLE,
     append,
     environment,
     known,
@@ -67,6 +69,8 @@ def variants(model, small, x, options):
     made["compressed"] = cast(small), last
     if options.compile:
         made["compressed compiled"] = compiled(cast(small)), last
+    if dtype:
+        made[SINGLE] = tnc.freeze(model, last.float(), seconds=options.seconds), last.float()
     for name, each in (("dense frozen", model), ("compressed frozen", small)):
         made[name] = tnc.freeze(each, last.float(), dtype=dtype, seconds=options.seconds), last.float()
     return made
