@@ -37,6 +37,21 @@ def test_it_is_the_product_in_every_layout(sizes, turned, either):
     assert (found.double() - exact).norm() <= 1e-6 * float(a.norm() * b.norm())
 
 
+@pytest.mark.parametrize("turned", LAYOUTS)
+def test_parts_of_matrices_are_made_whole_for_the_other_library(turned, either, monkeypatch):
+    a, b = (x[3:40, 5:42] for x in matrices(50, 50, 50, turned))
+    seen = []
+    real = torch.ops.mkldnn._linear_pointwise.default
+
+    def spy(x, weight, *rest):
+        seen.append(weight.is_contiguous() or weight.mT.is_contiguous())
+        return real(x, weight, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn._linear_pointwise, "default", spy)
+    assert_close(product(a, b), a @ b, rtol=1e-4, atol=1e-4)
+    assert all(seen)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes_are_torchs_own(dtype, either):
     a, b = matrices(20, 30, 40, dtype=dtype)

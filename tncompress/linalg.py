@@ -135,11 +135,11 @@ def followed_vectors(matrix: Float[Tensor, "m n"], basis: Float[Tensor, "m r"]) 
 
     In float32 it takes a Chebyshev polynomial of the Gram matrix (Zhou, Saad, Tiago, Chelikowsky 2006), which
     lifts all above the least Ritz value over what lies below, in less time than eigenvectors. Where it would
-    lift the largest so far that float32 loses the others, and in float64, it is eigenvectors.
+    lift the largest so far that float32 loses the others, of few rows, and in float64, it is eigenvectors.
     """
     m, n = matrix.shape
     rank = basis.shape[1]
-    if matrix.dtype == torch.float64 or m > n:
+    if matrix.dtype == torch.float64 or m > n or m < SINGLE_SIDE:
         return leading_vectors(matrix, rank)
     gram = product(matrix, matrix.mT)
     image = product(gram, basis)

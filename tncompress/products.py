@@ -27,6 +27,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return product(a[0], b[0])[None]
     if not _suits(a, b):
         return a @ b
+    if not (b.is_contiguous() or b.mT.is_contiguous()):  # for parts of rows it has but a loop without vectors
+        b = b.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(a, b.mT, None, "none", [], "")
 
 

@@ -4,7 +4,7 @@ import statistics
 from collections import defaultdict
 
 from decomposition_page import compressing, cps, decompositions
-from limits_page import LAYER_GOALS, limits
+from limits_page import LAYER_GOALS, is_of_the_goals, limits
 from networks_page import networks
 from page_parts import best_dense, markdown_table, median, met, spread
 from training_page import training
@@ -16,7 +16,8 @@ INTRO = """# Speed
 Everything here is written by `examples/benchmarks/layers_speed.py page` from the rows in
 `docs/benchmarks.jsonl`, which the scripts in that folder append. All variants of one setting take turns in
 one process (torch.utils.benchmark), ten rounds of about the same length each; medians count, and speed-ups
-are ratios of medians of one run. Weights are random with seed 0. Each machine has a section of its own.
+are ratios of medians of one run. Weights are random with seed 0. Each machine has a section of its own, the
+kind that the goals were set on first.
 
 The *advised* environment, to be set before Python starts:
 
@@ -39,7 +40,8 @@ def write_page(rows, path):
     """Write the page of all rows, machine by machine."""
     words = " \\\n".join(f"{key}={value}" for key, value in ADVISED.items())
     parts = [INTRO.format(settings=f"{words} \\\npython ...")]
-    for machine in dict.fromkeys(row["machine"] for row in rows):
+    machines = dict.fromkeys(row["machine"] for row in rows)
+    for machine in sorted(machines, key=lambda name: not is_of_the_goals(name)):
         parts.append(f"## On {machine}\n")
         for kind, section in SECTIONS.items():
             if own := [row for row in rows if row["kind"] == kind and row["machine"] == machine]:

@@ -6,8 +6,10 @@ from collections import defaultdict
 from decomposition_page import FASTER, LONGEST, MEMORY, PLANNED, WITHIN, faster_than_tensorly, latest
 from networks_page import NETWORK_GOALS, goal_ratio
 from page_parts import best_dense, markdown_table, median
+from training_page import STEP, step_gains
 
 LAYER_GOALS = {("svd", 8): 3.4, ("tucker", 8): 3.4, ("mps", 8): 3.1, ("svd", 1): 2.8, ("tucker", 1): 2.8}
+TRAINED = "svd", "svd separable", "tucker", "mps", "cp"
 CHOICE = 0.98
 """The share of settings in which the choice is to be within 10 % of the best."""
 TIMES, PERCENT, SECONDS, FOLD, EXCESS = "{:.2f}x", "{:.1f} %", "{:.2f} s", "{:.1f} kernels", "{:.0e}"
@@ -39,6 +41,8 @@ What was tried, and what the limit is:
   in place of Tucker (two stages, not three) and formats chosen under a budget on the time by the built-in
   model of a machine came to the same. Compiling with inductor's freezing was not faster than `tnc.freeze`,
   dense or compressed. Batches run in pieces of 1, 2 or 4 images were slower than whole ones.
+- **Training steps.** A chain of four convolutions has four starts and keeps four maps, forward and backward;
+  weights can't stay packed while they change.
 - **bfloat16.** Processors without instructions for it emulate it, which would say nothing: no rows there.
 - **The choice of the contraction.** It is measured, and the check is a measurement of its own: what is left
   of the difference is of the size of the spread. Among contractions within a few per cent of each other more
@@ -56,8 +60,8 @@ What was tried, and what the limit is:
 
 def limits(rows):
     """Return the section: the goals that some machine misses, and why."""
-    alike = [row for row in rows if "bfloat16" in row["machine"]]
-    others = [row for row in rows if "bfloat16" not in row["machine"]]
+    alike = [row for row in rows if is_of_the_goals(row["machine"])]
+    others = [row for row in rows if not is_of_the_goals(row["machine"])]
     lines = [
         [name, words.format(aim), told(words, here), told(words, elsewhere)]
         for (name, words, aim, here), (*_, elsewhere) in zip(goals(alike), goals(others), strict=True)
@@ -65,6 +69,11 @@ def limits(rows):
     ]
     head = ["goal", "aim", "with AVX-512 and bfloat16", "other machines"]
     return LIMITS + markdown_table(head, lines) + "\n" + REASONS
+
+
+def is_of_the_goals(machine):
+    """Say whether a machine has what the one had that the goals were set on."""
+    return "AVX-512" in machine and "bfloat16" in machine
 
 
 def is_missed(words, aim, values):
@@ -99,6 +108,12 @@ def goals(rows):
         }
         name = f"{network}, batch {batch}" + (", bfloat16 over float32" if bf16 else "")
         yield name, TIMES, aim, list(last.values())
+    steps = defaultdict(list)
+    for row in of["training"]:
+        steps[row["format"], row["machine"], row["environment"]].append(row)
+    for name in TRAINED:
+        means = [statistics.geometric_mean(step_gains(own)) for key, own in steps.items() if key[0] == name]
+        yield f"training step, {name}", TIMES, STEP, means
     machines = defaultdict(list)
     for row in of["choice"]:
         machines[row["machine"]].append(row["regret"]["measured"] <= 1.1)

@@ -5,6 +5,9 @@ from collections import defaultdict
 
 from page_parts import markdown_table
 
+STEP = 3.0
+"""How many times faster a step is to be at four times fewer MACs."""
+
 
 def training(rows):
     """Return the section on training steps."""
@@ -13,7 +16,7 @@ def training(rows):
         found[row["batch"], row["environment"], row["format"]].append(row)
     table = []
     for (batch, environment, name), own in sorted(found.items()):
-        gains = [training_speedup(row["times"], row["best"]) for row in own]
+        gains = step_gains(own)
         optimized = [training_speedup(row["optimizer_times"], row["best"]) for row in own]
         again = [training_speedup(row["times"], "checkpointed chain") for row in own]
         table.append(
@@ -42,6 +45,11 @@ By `examples/benchmarks/training_speed.py`.
 
 """
     return text + markdown_table(head, table) + "\n\n" + each_training_layer(rows)
+
+
+def step_gains(rows):
+    """Return for each row how many times faster than the dense layer's its best step is."""
+    return [training_speedup(row["times"], row["best"]) for row in rows]
 
 
 def training_speedup(times, name):
