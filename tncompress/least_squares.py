@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tncompress.products import product
 from tncompress.squares import add_squares, mirror
 
 RIDGES = (1e-4, 1e-2, 1e-1)
@@ -44,7 +43,7 @@ class PairMoments:
         weight, gap_x, gap_y = self._pool_means(count, mean_x, mean_y)
         add_squares(self._xx, x, gap_x, weight)
         add_squares(self._yy, y, gap_y, weight)
-        self.yx += product(y.mT, x)
+        self.yx += y.mT @ x
         self.yx.baddbmm_(gap_y, gap_x.mT, alpha=weight)
         self._mirrored = False
 

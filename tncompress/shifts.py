@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tncompress.geometry import ConvGeometry
-from tncompress.products import product
 
 GAIN = 0.7
 """At most this part of the multiplications of the plain product must be left for shifts to be taken."""
@@ -59,7 +58,7 @@ class Shifts:
         y = rows.unflatten(1, (-1, high, wide))  # groups, in, *window, count
         channels = y.shape[1]
         found = rows.new_empty(len(rows), channels, high, wide, channels, high, wide)
-        found[:, :, 0, 0] = product(y[:, :, 0, 0], rows.mT).unflatten(2, y.shape[1:4])
+        found[:, :, 0, 0] = (y[:, :, 0, 0] @ rows.mT).unflatten(2, y.shape[1:4])
         found[:, :, 0, 1:, :, 0, 0] = found[:, :, 0, 0, :, 0, 1:].permute(0, 2, 3, 1)
         if high > 1 and wide > 1:
             found[:, :, 0, 1:, :, 1:, 0] = _products(y[:, :, 0, 1:], y[:, :, 1:, 0])
@@ -85,10 +84,10 @@ def numbers_held(geometry: ConvGeometry) -> int:
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """Return the products ``(groups, in, m, in, n)`` of two ``(groups, in, m, count)``, m and n."""
-    return product(a.flatten(1, 2), b.flatten(1, 2).mT).unflatten(2, b.shape[1:3]).unflatten(1, a.shape[1:3])
+    return (a.flatten(1, 2) @ b.flatten(1, 2).mT).unflatten(2, b.shape[1:3]).unflatten(1, a.shape[1:3])
 
 
 def _squares(some: Tensor) -> Tensor:
     """Return the products of each ``(in, *window)`` of ``(groups, in, *window, *grid)`` with each other."""
     flat = some.flatten(4).flatten(1, 3)
-    return product(flat, flat.mT).unflatten(2, some.shape[1:4]).unflatten(1, some.shape[1:4])
+    return (flat @ flat.mT).unflatten(2, some.shape[1:4]).unflatten(1, some.shape[1:4])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tncompress.products import product
-
 BLOCK = 512
 """Rows of a matrix that are worked on at once, at most."""
 
@@ -20,7 +18,7 @@ def add_squares(total: Tensor, rows: Tensor, gap: Tensor, weight: float) -> None
     for first in range(0, d, step):
         some = slice(first, first + step)
         part = total[:, some, first:]
-        part += product(rows[..., some].mT, rows[..., first:])
+        part += rows[..., some].mT @ rows[..., first:]
         if weight:
             part.baddbmm_(gap[:, some], gap[:, first:].mT, alpha=weight)
 
