@@ -110,7 +110,9 @@ class FrozenConv(nn.Module):
         """Say whether oneDNN can run these inputs, in the way that is set."""
         if x.ndim != 4 and (x.ndim < 2 or self.call.stride):  # without a batch
             return False
-        return other is None or self.way == "product" or self._fits(x, other)
+        if other is None or self.way == "product" or not self.call.stride:
+            return True
+        return self._fits(x, other)
 
     def _fits(self, x: Tensor, other: Tensor) -> bool:
         """Say whether ``other`` surely has the output's shape and dtype: oneDNN does not broadcast."""
