@@ -1,7 +1,7 @@
 """Products of float32 matrices, by whichever of torch's two libraries is the faster on this processor.
 
 torch multiplies by MKL, which on AMD's processors keeps to AVX2; oneDNN, which runs the convolutions, takes
-AVX-512 wherever there is any, and is then up to twice as fast. On one machine the choice depends on the sizes
+AVX-512 wherever there is any, and is then the faster. On one machine the choice depends on the sizes
 alone, so that the same numbers have the same product every time.
 """
 

@@ -48,9 +48,9 @@ What was tried, and what the limit is:
   of the difference is of the size of the spread. Among contractions within a few per cent of each other more
   rounds change the choice and not the time.
 - **Decompositions.** The largest part is LAPACK's reduction of symmetric matrices to tridiagonal form, above
-  all for the two cuts with 1,536 rows. Tried: block Krylov spaces and Chebyshev filters from nothing (a third
-  of the time less for those two cuts, no gain elsewhere, and wrong where singular values are equal), LAPACK's
-  partial eigenvectors (torch has none of them). Kept since the rows of the machines without bfloat16: sweeps
+  all for the two cuts with 1,536 rows. Tried: block Krylov spaces and Chebyshev filters from nothing (some
+  gain for those two cuts, none elsewhere, and wrong where singular values are equal), LAPACK's partial
+  eigenvectors (torch has none of them). Kept since the rows of the machines without bfloat16: sweeps
   that are extrapolated, and that follow their subspaces by polynomials. Trained kernels, whose spectra fall,
   take fewer sweeps than these random ones.
 - **GPU.** Nothing here was measured on one: `examples/benchmarks/gpu_speed.py` prints the table where there
