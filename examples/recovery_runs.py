@@ -22,6 +22,7 @@ RECIPES = {
     "distillation, rate x 0.5": {"distill": 1.0, "lr": 5e-4},
     "frobenius": {"frobenius_decay": 5e-4},
     "balanced": {"balance": True},
+    "balanced, frobenius": {"balance": True, "frobenius_decay": 5e-4},
     "rebalanced": {"balance": True, "rebalance_every": 200},
     "rate x 2": {"lr": 2e-3},
     "rate x 0.5": {"lr": 5e-4},

@@ -1,7 +1,10 @@
 """The bench: what is measured of which model, and what it says of the machine that it was measured on."""
 
 import json
+import os
 import platform
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from torch import nn
 
 import tncompress as tnc
-from tncompress import bench_table, benching, noise
+from tncompress import allocator, bench_table, benching, noise
 from tncompress.bench_table import Bench, Timing, Unmeasured
 from tncompress.freezing import Frozen
 from tncompress.noise import Load
@@ -260,6 +263,7 @@ def test_without_such_counts_the_load_before_is_what_is_known(monkeypatch):
 def test_absent_settings_are_hinted_at_where_they_matter(monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(allocator, "_kept", False)
     for name in noise.ADVISED:
         monkeypatch.delenv(name, raising=False)
     (words,) = noise.hints(threads=1)
@@ -272,6 +276,48 @@ def test_absent_settings_are_hinted_at_where_they_matter(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     assert noise.hints(threads=2) == []
     assert noise.settings()["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def faults_of_large_tensors(before=""):
+    """Return the page faults of allocating and freeing 64 MiB ten times, in a Python of its own."""
+    code = f"""
+import resource
+import torch
+import tncompress as tnc
+{before}
+def once():
+    torch.ones(1 << 24)
+once()
+count = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    once()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - count)
+"""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
+def test_memory_of_large_tensors_is_kept_where_that_was_asked_for():
+    handed_back = faults_of_large_tensors()
+    assert handed_back > 100
+    assert faults_of_large_tensors("assert tnc.keep_memory()") < handed_back / 4
+
+
+def test_memory_is_not_kept_where_the_c_library_is_another(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(allocator, "_kept", False)
+    assert not tnc.keep_memory()
+    assert not allocator.keeps_memory()
+
+
+def test_kept_memory_is_a_setting_as_advised(monkeypatch):
+    monkeypatch.setattr(allocator, "_kept", True)
+    for name in noise.ADVISED:
+        monkeypatch.delenv(name, raising=False)
+    assert noise.settings() == noise.ADVISED | {"OMP_WAIT_POLICY": None}
+    assert noise.hints(threads=1) == []
 
 
 # --- the command --------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@
 True
 """
 
+from tncompress.allocator import keep_memory
 from tncompress.atlas import CutAtlas, CutRow, atlas
 from tncompress.bench_table import Bench, Timing
 from tncompress.benching import bench
@@ -127,6 +128,7 @@ __all__ = [
     "from_quimb",
     "from_tensornetwork",
     "from_tltorch",
+    "keep_memory",
     "load",
     "load_weights",
     "make_plan",

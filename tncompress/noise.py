@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from tncompress.allocator import keeps_memory
+
 ADVISED = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "1073741824",
@@ -23,6 +25,9 @@ ADVISED = {
 The first three make glibc keep large tensors' memory instead of asking the system for it again and again;
 the last makes OpenMP's threads wait for work awake, which matters for short products on several threads.
 """
+
+ALLOCATOR = "MALLOC_"
+"""How the names of those begin that are the allocator's."""
 
 SPREAD, OTHERS, LOADED = 0.10, 0.20, 0.50
 """What is too noisy: quartiles so far apart, relative to the median; so many cores taken by others; where
@@ -90,8 +95,12 @@ def load_average() -> float | None:
 
 
 def settings() -> dict[str, str | None]:
-    """Return the values of the advised environment variables here, None for those that are not set."""
-    return {name: os.environ.get(name) for name in ADVISED}
+    """Return the values of the advised environment variables here, None for those that are not set.
+
+    After :func:`tncompress.keep_memory` the allocator's are as advised, whatever the environment says.
+    """
+    kept = {name: value for name, value in ADVISED.items() if keeps_memory() and name.startswith(ALLOCATOR)}
+    return {name: os.environ.get(name) for name in ADVISED} | kept
 
 
 def hints(threads: int, device: torch.device | None = None) -> list[str]:
@@ -102,12 +111,13 @@ def hints(threads: int, device: torch.device | None = None) -> list[str]:
     if not missing:
         return []
     words = " ".join(f"{name}={ADVISED[name]}" for name in missing)
-    return [f"may be faster in an environment with {words}"]
+    called = " (or after tncompress.keep_memory())" if missing[0].startswith(ALLOCATOR) else ""
+    return [f"may be faster in an environment with {words}{called}"]
 
 
 def _matters(name: str, threads: int) -> bool:
     """Say whether the variable is read here: the allocator's by glibc, and waiting takes two."""
-    if name.startswith("MALLOC_"):
+    if name.startswith(ALLOCATOR):
         return platform.system() == "Linux" and platform.libc_ver()[0] == "glibc"
     return threads > 1
 

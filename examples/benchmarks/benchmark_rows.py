@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tncompress.allocator import keeps_memory
 from tncompress.noise import ADVISED, device_name, settings
 from tncompress.timing import samples_in_turns
 
@@ -22,8 +23,11 @@ def machine(threads):
 
 
 def environment():
-    """Return ``"advised"`` where the settings of allocator and OpenMP are as advised, else ``"default"``."""
-    return "advised" if settings() == ADVISED else "default"
+    """Return ``"advised"`` where the settings of allocator and OpenMP are as advised, else ``"default"``.
+
+    With the allocator's alone, by ``tnc.keep_memory()``, it is ``"memory kept"``.
+    """
+    return "advised" if settings() == ADVISED else "memory kept" if keeps_memory() else "default"
 
 
 def with_advised_environment(arguments):

@@ -24,6 +24,9 @@ The *advised* environment, to be set before Python starts:
 ```console
 {settings}
 ```
+
+*memory kept* is the default one after a call of `tnc.keep_memory()`, which does in a running Python what the
+first three do.
 """
 
 LAYERS = """## Layers

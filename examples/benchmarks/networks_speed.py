@@ -12,7 +12,7 @@ compressed model as it is, frozen and compiled, take turns in one process. Weigh
 torchvision initialises them: speed does not depend on them. `--bf16` measures all in bfloat16, beside the
 frozen dense model in float32. `--latency` puts a budget on the convolutions'
 time by the model of the machine, too. `--advised` begins again with the settings of the allocator and of
-OpenMP that the documentation advises.
+OpenMP that the documentation advises; `--keep-memory` goes on with the allocator's alone.
 """
 
 import argparse
@@ -137,13 +137,12 @@ def run_every(options):
     done = {tuple(row.get(key) for key in KEYS) for row in rows}
     elsewhere = {row["network"] for row in rows if row.get("every")} if options.new else set()
     options.compile = False
-    for name in models.list_models(module=models):
-        if "quantized" in name or name in ODD:
-            continue
-        size = models.get_model_weights(name).DEFAULT.meta["num_params"]
+    names = [name for name in models.list_models(module=models) if "quantized" not in name]
+    told = {name: models.get_model_weights(name).DEFAULT.meta for name in names}
+    for name in sorted(names, key=lambda name: told[name]["_ops"]):  # the quick ones first
         setting = options.format, options.batch, options.side, options.bf16
         key = ("network", name, *setting, environment(), machine(options.threads))
-        if size > LARGEST or key in done or name in elsewhere:
+        if name in ODD or told[name]["num_params"] > LARGEST or key in done or name in elsewhere:
             continue
         row = measured_where_it_can_be(name, options)
         if row is None:
@@ -182,7 +181,10 @@ def main():
     parser.add_argument("--compile", action="store_true", help="measure compiled variants, too: minutes")
     parser.add_argument("--new", action="store_true", help="of every: those that no machine has measured")
     parser.add_argument("--advised", action="store_true", help="with the settings that are advised")
+    parser.add_argument("--keep-memory", action="store_true", help="after tnc.keep_memory()")
     options = parser.parse_args()
+    if options.keep_memory and not tnc.keep_memory():
+        parser.error("--keep-memory takes Linux with glibc")
     if options.advised:
         with_advised_environment(sys.argv)
     torch.set_num_threads(options.threads)
