@@ -47,6 +47,11 @@ from the rows in `docs/recovery.jsonl`. The dense networks are in `examples/weig
 goes on where it was.
 """
 
+FITTED = """Cross-entropy on the training images over the last epoch, and how far, in points, the accuracy on
+the test images is below the dense control's. Where a smaller network's loss is higher, it fits the training
+images less well in these epochs: that part of a gap can't be closed by what helps against overfitting.
+"""
+
 
 class Rows:
     """Accuracies by what they are of, each by its seed."""
@@ -56,12 +61,15 @@ class Rows:
         steps = [row for row in rows if row.get("format") == "step"]
         self.steps = list({(row["network"], row["batch"], place_of(row)): row for row in steps}.values())
         self.found: dict[tuple, dict[int, float]] = defaultdict(dict)
+        self.losses: dict[tuple, dict[int, float]] = defaultdict(dict)
         self.about: dict[tuple, dict] = {}
         for row in self.rows:
             key = self.key(
                 **{name: row.get(name) for name in ("network", "times", "format", "recipe", "of", "epoch")}
             )
             self.found[key][row["seed"]] = row["accuracy"]
+            if "loss" in row:
+                self.losses[key][row["seed"]] = row["loss"]
             self.about[key] = row
         self.networks = sorted({row["network"] for row in self.rows})
 
@@ -102,6 +110,8 @@ def page(rows: list[dict]) -> str:
         parts.append(f"\n## {network}\n\n" + curves(found, network))
         if table := recipes(found, network):
             parts.append(f"\n## {network}: which settings help\n\n" + table)
+        if table := fitted(found, network):
+            parts.append(f"\n## {network}: what is left of the gap\n\n" + FITTED + "\n" + table)
         if table := equal_time(found, network):
             parts.append(f"\n## {network}: slices, the whole, and both\n\n" + table)
     if found.steps:
@@ -240,6 +250,25 @@ def said(over: list[float]) -> str:
     if ttest_1samp(over, 0.0).pvalue >= 0.05:
         return "no difference seen"
     return "helps" if statistics.mean(over) > 0 else "harms"
+
+
+def fitted(found: Rows, network: str) -> str:
+    """Return the loss on the training images at the end, beside what is missing on the test images."""
+    lines = []
+    for times, (of, _) in POINTS.items():
+        control = found.get(network, "dense control", of, recipe="global", of=of)
+        for format in (*FORMATS, *PEERS):
+            key = found.key(network, format, of, times=times, recipe="global", of=of)
+            dense = found.losses.get(found.key(network, "dense control", of, recipe="global", of=of), {})
+            own = found.losses.get(key, {})
+            both = own.keys() & dense.keys() & control.keys()
+            if both:
+                losses = [shown([each[seed] for seed in both], 3) for each in (dense, own)]
+                below = shown([control[seed] - found.found[key][seed] for seed in both])
+                name = NAMES.get(format, format)
+                lines.append((f"{times}x, {of} epochs", name, *losses, below))
+    header = ("fewer", "format", "loss of the dense control", "loss", "points below it")
+    return markdown_table(header, lines) if lines else ""
 
 
 def equal_time(found: Rows, network: str) -> str:

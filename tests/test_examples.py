@@ -253,6 +253,16 @@ def test_the_page_sets_goals_beside_what_was_measured():
     assert "| cnn4 | 16x | after 5 epochs at most 1.0 below the dense control | – | – |" in page
 
 
+def test_what_is_left_of_a_gap_stands_beside_the_loss():
+    at_the_end = {"recipe": "global", "of": 5, "epoch": 5}
+    rows = made({0: 93.0, 1: 94.0}, format="dense control", loss=0.05, **at_the_end)
+    rows += made({0: 92.5, 1: 93.5, 2: 10.0}, format="auto", times=8, loss=0.1, **at_the_end)
+    rows += made({0: 92.0}, format="cp", times=8, **at_the_end)
+    page = recovery_page.page(rows)
+    assert "| 8x, 5 epochs | mixed | 0.050 ± 0.000 | 0.100 ± 0.000 | 0.50 ± 0.00 |" in page
+    assert "| 8x, 5 epochs | cp |" not in page  # its loss is not known
+
+
 def test_a_setting_helps_where_the_seeds_leave_no_doubt():
     assert recovery_page.said([0.06, 0.07]) == "too few seeds to tell"
     assert recovery_page.said([0.06, 0.07, 0.05]) == "helps"
