@@ -253,6 +253,22 @@ def test_the_page_sets_goals_beside_what_was_measured():
     assert "| cnn4 | 16x | after 5 epochs at most 1.0 below the dense control | – | – |" in page
 
 
+def test_a_setting_that_helps_is_among_the_goals():
+    at_the_end = {"of": 5, "epoch": 5}
+    rows = made({0: 93.0, 1: 94.0, 2: 93.5}, format="dense control", recipe="global", **at_the_end)
+    small = at_the_end | {"format": "auto", "times": 8}
+    rows += made({0: 92.5, 1: 93.5, 2: 93.0}, recipe="global", **small)
+    rows += made({0: 92.8, 1: 93.8, 2: 93.2}, recipe="balanced", **small)
+    rows += made({0: 99.0, 1: 90.0, 2: 95.0}, recipe="ema", **small)  # more on the mean, and no rule
+    page = recovery_page.page(rows)
+    assert (
+        "| cnn4 | 8x | the same, *balanced* | 0.23 ± 0.06 (93.27 ± 0.50 beside 93.50 ± 0.50) | met |" in page
+    )
+    assert "the same, *ema*" not in page
+    below = "0.50 ± 0.00 (93.00 ± 0.50 beside 93.50 ± 0.50) | **not met** |"
+    assert f"| cnn4 | 8x | after 5 epochs at most 0.3 below the dense control | {below}" in page
+
+
 def test_what_is_left_of_a_gap_stands_beside_the_loss():
     at_the_end = {"recipe": "global", "of": 5, "epoch": 5}
     rows = made({0: 93.0, 1: 94.0}, format="dense control", loss=0.05, **at_the_end)
