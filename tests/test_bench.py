@@ -279,7 +279,7 @@ def test_absent_settings_are_hinted_at_where_they_matter(monkeypatch):
 
 
 def faults_of_large_tensors(before=""):
-    """Return the page faults of allocating and freeing 64 MiB ten times, in a Python of its own."""
+    """Return the page faults of allocating and freeing 64 MiB fifty times, in a Python of its own."""
     code = f"""
 import resource
 import torch
@@ -289,7 +289,7 @@ def once():
     torch.ones(1 << 24)
 once()
 count = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+for _ in range(50):
     once()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - count)
 """
@@ -301,8 +301,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - count)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
 def test_memory_of_large_tensors_is_kept_where_that_was_asked_for():
     handed_back = faults_of_large_tensors()
-    assert handed_back > 100
-    assert faults_of_large_tensors("assert tnc.keep_memory()") < handed_back / 4
+    assert handed_back > 1000
+    kept = faults_of_large_tensors("assert tnc.keep_memory()")  # what lies beside may take part of a place
+    assert kept < handed_back / 2
 
 
 def test_memory_is_not_kept_where_the_c_library_is_another(monkeypatch):
