@@ -17,10 +17,11 @@ def keep_memory() -> bool:
     """Let glibc keep the memory of large tensors in this process; return whether it does.
 
     By default glibc hands back to the system what a tensor of more than 32 MiB held, and the next one has to
-    be mapped and zeroed anew, page by page. On the large feature maps of a compressed network that takes as
-    long as the convolutions: see ``docs/benchmarks.md``. After this call up to 1 GiB a tensor is kept for the
-    next one, dense models are faster, too, and the process gives back less memory before it ends. It is the
-    same as the three ``MALLOC_`` variables of the speed settings, without a new start of Python.
+    be mapped and zeroed anew, page by page. On the large feature maps of a compressed network that can take
+    nearly as long as the convolutions: see ``docs/benchmarks.md``. After this call up to 1 GiB a tensor is
+    kept for the next one, dense models are faster, too, and the process gives back less memory before it
+    ends. It is the same as the three ``MALLOC_`` variables of the speed settings, without a new start of
+    Python.
 
     It holds for the whole process and for all libraries in it, and can't be taken back; nothing here calls it
     for you. Call it first, before there are models. False, and nothing changed, on systems whose C library is
