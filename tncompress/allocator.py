@@ -8,7 +8,7 @@ import platform
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX = -1, -2, -3, -4
 """What ``mallopt`` of glibc calls its parameters (``malloc.h``, ``man 3 mallopt``)."""
 LARGEST, PAD = 1 << 30, 1 << 28
-"""Up to how many bytes are kept, and how many more are asked for at once: as the variables advised."""
+"""Up to how many bytes are kept, and how many more are asked for at once; the advised variables hold both."""
 
 _kept = False
 
@@ -27,10 +27,6 @@ def keep_memory() -> bool:
     for you. Call it first, before there are models. False, and nothing changed, on systems whose C library is
     another (macOS, Windows, musl). It has no effect where another allocator was loaded before (jemalloc,
     tcmalloc).
-
-    >>> import tncompress as tnc
-    >>> tnc.keep_memory()  # doctest: +SKIP
-    True
     """
     global _kept
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":

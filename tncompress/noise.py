@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from tncompress.allocator import keeps_memory
+from tncompress.allocator import LARGEST, PAD, keeps_memory
 
 ADVISED = {
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
-    "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_MMAP_THRESHOLD_": str(LARGEST),
+    "MALLOC_TRIM_THRESHOLD_": str(LARGEST),
+    "MALLOC_TOP_PAD_": str(PAD),
     "OMP_WAIT_POLICY": "ACTIVE",
 }
 """Environment variables to be set before Python starts, and their values.
