@@ -7,7 +7,7 @@ from dataclasses import dataclass
 GOALS = {4: 3, 8: 5, 16: 5}
 """After how many epochs a goal is set, by how many times fewer parameters there are."""
 FORMATS = ("mps", "tucker", "cp", "auto")
-CONTROLS = ("global", "rate x 0.5", "muon", "sgd", "augmented", "library's default")
+CONTROLS = ("global", "rate x 0.5", "sgd", "augmented", "library's default")
 """How the dense model is trained as many epochs more; the others only where recipes are compared."""
 PEERS = {"tltorch CP": "CP", "tltorch Tucker": "Tucker", "tltorch TT": "TT"}
 BASE = {"optimizer": "adamw", "lr": 1e-3, "distill": 0.0, "augment": False}
@@ -30,8 +30,6 @@ RECIPES = {
     "ema": {"ema": 0.998},
     "augmented": {"augment": True},
     "augmented, distillation": {"augment": True, "distill": 1.0},
-    "muon": {"optimizer": "muon"},
-    "muon, balanced, frobenius": {"optimizer": "muon", "balance": True, "frobenius_decay": 5e-4},
     "sgd": {"optimizer": "sgd", "lr": 0.02},
     "library's default": {"optimizer": "sgd", "lr": 0.02, "augment": True, "distill": 1.0},
 }

@@ -148,7 +148,7 @@ def test_the_norm_is_had_without_the_kernel():
         assert seen.size <= 2 * max(factor.numel() for factor in layer.factors)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_frobenius_decay_at_full_ranks_decays_the_kernel_alone(optimizer):
     """One step on a loss without gradient takes from each factor the gradient of the kernel's norm."""
 

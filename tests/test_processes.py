@@ -69,7 +69,7 @@ RECIPES = {
         "frobenius_decay": 1e-2,
         "rebalance_every": 3,
         "features": 0.1,
-        "optimizer": "muon",  # and AdamW for what is no matrix
+        "optimizer": "adamw",
     },
 }
 

@@ -12,10 +12,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from tncompress.layers import TNConv
-from tncompress.muon import Muon
 from tncompress.spec import explain
 
-LR = {"sgd": 0.02, "adamw": 1e-3, "muon": 1e-3}
+LR = {"sgd": 0.02, "adamw": 1e-3}
 """The learning rate where none is given."""
 KEEPING = frozenset({"checkpoint_every", "checkpoint_seconds"})
 """Settings that do not change what is learned: a run goes on from checkpoints written with others."""
@@ -24,9 +23,7 @@ KEEPING = frozenset({"checkpoint_every", "checkpoint_seconds"})
 class FinetuneConfig(BaseModel):
     """How to train. ``local_epochs`` of slice-wise distillation come first, then ``epochs`` of the whole.
 
-    **The whole**: SGD with Nesterov momentum, AdamW, or ``muon``: Muon for factors and for the kernels of
-    convolutions (their momentum is made orthogonal; Jordan et al. 2024, arXiv 2502.16982), with AdamW for
-    all else, at rates that suit AdamW. The rate warms up, then falls to 0 by a cosine, or runs one cycle.
+    **The whole**: SGD with Nesterov momentum, or AdamW; a linear warm-up, then a cosine to 0, or one cycle.
     The loss is cross-entropy, plus ``distill`` times the KL divergence to the teacher's softened outputs
     (Hinton et al. 2015), plus ``features`` times the squared distance to the teacher's outputs of the
     layers ``feature_layers`` (names or patterns; the compressed ones by default), relative to their own
@@ -60,7 +57,7 @@ class FinetuneConfig(BaseModel):
     epochs: int = Field(3, ge=0)
     lr: float = Field(LR["sgd"], gt=0)
     lr_factors: float | None = Field(None, gt=0)
-    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     frobenius_decay: float = Field(0.0, ge=0)
@@ -136,19 +133,11 @@ def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str,
 
 def make_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
     """Return the optimizer of the whole; a model with nothing to train is a ``ValueError``."""
-    dense, factors, others = parameter_groups(model, config)
-    groups = [dense, factors, others]
-    if config.optimizer == "muon":
-        kernels = [weight for weight in dense["params"] if weight.ndim > 2]
-        matrices = [weight for weight in dense["params"] if weight.ndim == 2]  # classifiers, above all
-        kinds = [dense | {"params": kernels, "orthogonal": True}, factors | {"orthogonal": True}]
-        groups = [*kinds, dense | {"params": matrices}, others]
-    groups = [group for group in groups if group["params"]]
+    groups = [group for group in parameter_groups(model, config) if group["params"]]
     if not groups:
         raise ValueError("the model has no parameter that requires a gradient: nothing can be trained")
-    if config.optimizer != "sgd":
-        made = torch.optim.AdamW if config.optimizer == "adamw" else Muon
-        return made(groups, betas=(config.momentum, 0.999))
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=(config.momentum, 0.999))
     return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
 
 

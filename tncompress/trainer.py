@@ -180,7 +180,7 @@ class Trainer:
         if config.frobenius_decay:
             rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
             for factor, gradient in frobenius_gradients(self.layers):
-                if config.optimizer != "sgd":  # apart from the gradient, as AdamW decays weights
+                if config.optimizer == "adamw":  # apart from the gradient, as AdamW decays weights
                     factor.data.sub_(gradient, alpha=rates.get(id(factor), 0.0) * config.frobenius_decay)
                 elif factor.grad is not None:
                     factor.grad.add_(gradient, alpha=config.frobenius_decay)
