@@ -67,7 +67,7 @@ def limits(rows):
         name, words, aim, _ = same[0]
         if any(is_missed(words, aim, values) for *_, values in same):
             lines.append([name, words.format(aim), *(told(words, aim, values) for *_, values in same)])
-    head = ["goal", "aim", *(name.split(", 2 thread")[0] for name in machines)]
+    head = ["goal", "aim", *(name.split(", torch")[0] for name in machines)]
     return LIMITS + markdown_table(head, lines) + "\n" + REASONS
 
 
@@ -102,12 +102,8 @@ def goals(rows):
         of[row["kind"]].append(row)
     for (name, batch), aim in LAYER_GOALS.items():
         own = [row for row in of["layer"] if (row["format"], row["batch"]) == (name, batch)]
-        yield (
-            f"layers, {name}, batch {batch}",
-            TIMES,
-            aim,
-            mean(best_dense(row) / median(row, "ours") for row in own),
-        )
+        gains = [best_dense(row) / median(row, "ours") for row in own]
+        yield f"layers, {name}, batch {batch}", TIMES, aim, mean(gains)
     for (network, batch, bf16), aim in NETWORK_GOALS.items():
         last = {
             row["format"]: goal_ratio(row)
@@ -135,5 +131,4 @@ def goals(rows):
 
 def mean(gains):
     """Return the geometric mean of some gains in a list; an empty list of none."""
-    gains = list(gains)
     return [statistics.geometric_mean(gains)] if gains else []
